@@ -1,0 +1,60 @@
+"""The models: specification, mixers, published variants. Knows jax and flax only."""
+
+from metaformer_jax.models.count import Counts, count
+from metaformer_jax.models.layers import (
+    Frozen,
+    LinearHead,
+    MlpHead,
+    StarReLU,
+    image_layer_norm,
+    layer_norm,
+)
+from metaformer_jax.models.metaformer import (
+    ConvGeometry,
+    MetaFormer,
+    MetaFormerBlock,
+    MetaFormerSpec,
+)
+from metaformer_jax.models.mixers import (
+    Attention,
+    IdentityMixing,
+    Pooling,
+    RandomMixing,
+    SepConv,
+    TokenMixerFn,
+)
+from metaformer_jax.models.variants import (
+    FAMILIES,
+    ModelInfo,
+    create_model,
+    list_models,
+    model_info,
+    model_spec,
+)
+
+__all__ = [
+    "FAMILIES",
+    "Attention",
+    "ConvGeometry",
+    "Counts",
+    "Frozen",
+    "IdentityMixing",
+    "LinearHead",
+    "MetaFormer",
+    "MetaFormerBlock",
+    "MetaFormerSpec",
+    "MlpHead",
+    "ModelInfo",
+    "Pooling",
+    "RandomMixing",
+    "SepConv",
+    "StarReLU",
+    "TokenMixerFn",
+    "count",
+    "create_model",
+    "image_layer_norm",
+    "layer_norm",
+    "list_models",
+    "model_info",
+    "model_spec",
+]

@@ -1,0 +1,202 @@
+"""The small parts that every MetaFormer is made of."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+# The publication draws every weight from a normal distribution of this width, cut at +-2.0,
+# a hundred standard deviations away: a plain normal distribution.
+KERNEL_INIT = nnx.initializers.normal(0.02)
+
+
+class Frozen(nnx.Variable):
+    """A variable that is drawn once and never trained (RandFormer's mixing matrices).
+
+    It is not an `nnx.Param`, so that gradients, optimisers and weight decay never see it.
+    """
+
+
+class NormFn(Protocol):
+    """Builds a normalisation of `[b, h, w, c]` (or `[b, c]`) arrays."""
+
+    def __call__(self, dim: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module: ...
+
+
+class HeadFn(Protocol):
+    """Builds a classifier of `[b, c]` features; its module takes `(x, *, rngs=None)`."""
+
+    def __call__(
+        self, dim: int, num_classes: int, *, dropout: float, rngs: nnx.Rngs
+    ) -> nnx.Module: ...
+
+
+def layer_norm(
+    dim: int,
+    *,
+    axes: int | tuple[int, ...] = -1,
+    use_bias: bool = False,
+    epsilon: float = 1e-6,
+    dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.LayerNorm:
+    """Layer normalisation over the channels; statistics and affine part stay float32."""
+    return nnx.LayerNorm(
+        dim,
+        epsilon=epsilon,
+        use_bias=use_bias,
+        reduction_axes=axes,
+        dtype=dtype,
+        use_fast_variance=False,
+        promote_dtype=lambda arrays, **_: arrays,
+        rngs=rngs,
+    )
+
+
+def image_layer_norm(dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer normalisation over height, width and channels together, scaled per channel.
+
+    PoolFormer's Modified Layer Normalization (https://arxiv.org/abs/2111.11418), without bias.
+    """
+    return layer_norm(dim, axes=(1, 2, 3), dtype=dtype, rngs=rngs)
+
+
+def linear(dim: int, out_dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> nnx.Linear:
+    """A matrix product over the last axis, without bias."""
+    return nnx.Linear(dim, out_dim, use_bias=False, kernel_init=KERNEL_INIT, dtype=dtype, rngs=rngs)
+
+
+class StarReLU(nnx.Module):
+    """`s * relu(x) ** 2 + b` with one learned `s` and `b` (the publication's own activation)."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (1,)))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (1,)))
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        return (self.scale[...] * squared_relu(x) + self.bias[...]).astype(x.dtype)
+
+
+def squared_relu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """`relu(x) ** 2` (https://arxiv.org/abs/2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+class ResScale(nnx.Module):
+    """Multiplies the residual branch's shortcut by a learned vector (https://arxiv.org/abs/2110.09456)."""
+
+    def __init__(self, dim: int, *, init_value: float = 1.0, rngs: nnx.Rngs):
+        self.scale = nnx.Param(nnx.initializers.constant(init_value)(rngs.params(), (dim,)))
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        return (x * self.scale[...]).astype(x.dtype)
+
+
+class DropPath(nnx.Dropout):
+    """Stochastic depth: drops a residual branch for whole samples (https://arxiv.org/abs/1603.09382).
+
+    Every instance forks its own stream of keys, and with a stream given to the call every call
+    takes the next key of it, so that no two branches of a model share a mask.
+    """
+
+    def __init__(self, rate: float, *, rngs: nnx.Rngs):
+        super().__init__(rate, broadcast_dims=(1, 2, 3), rngs=rngs)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with a StarReLU between them, without biases."""
+
+    def __init__(
+        self, dim: int, *, expansion_ratio: float = 4, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        hidden_dim = int(dim * expansion_ratio)
+        self.fc1 = linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.act = StarReLU(rngs=rngs)
+        self.fc2 = linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Downsampling(nnx.Module):
+    """A strided convolution, normalised before (stages 2 to 4) or after (the stem) it."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        *,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        pre_norm: bool = False,
+        post_norm: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.pre_norm = nnx.data(layer_norm(dim, dtype=dtype, rngs=rngs) if pre_norm else None)
+        self.conv = nnx.Conv(
+            dim,
+            out_dim,
+            kernel_size=(kernel_size, kernel_size),
+            strides=stride,
+            padding=padding,
+            kernel_init=KERNEL_INIT,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.post_norm = nnx.data(
+            layer_norm(out_dim, dtype=dtype, rngs=rngs) if post_norm else None
+        )
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        x = self.conv(x)
+        if self.post_norm is not None:
+            x = self.post_norm(x)
+        return x
+
+
+class LinearHead(nnx.Module):
+    """Dropout and one linear layer, in float32."""
+
+    def __init__(self, dim: int, num_classes: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
+        self.dropout = nnx.data(nnx.Dropout(dropout, rngs=rngs) if dropout else None)
+        self.fc = nnx.Linear(dim, num_classes, kernel_init=KERNEL_INIT, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b c"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b classes"]:
+        if self.dropout is not None:
+            x = self.dropout(x, rngs=rngs)
+        return self.fc(x)
+
+
+class MlpHead(nnx.Module):
+    """Linear, squared ReLU, layer norm, dropout and linear, in float32 (ConvFormer, CAFormer)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        expansion_ratio: float = 4,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        hidden_dim = int(dim * expansion_ratio)
+        self.fc1 = nnx.Linear(dim, hidden_dim, kernel_init=KERNEL_INIT, rngs=rngs)
+        self.norm = layer_norm(hidden_dim, use_bias=True, epsilon=1e-5, rngs=rngs)
+        self.dropout = nnx.data(nnx.Dropout(dropout, rngs=rngs) if dropout else None)
+        self.fc2 = nnx.Linear(hidden_dim, num_classes, kernel_init=KERNEL_INIT, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b c"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b classes"]:
+        x = self.norm(squared_relu(self.fc1(x)))
+        if self.dropout is not None:
+            x = self.dropout(x, rngs=rngs)
+        return self.fc2(x)

@@ -1,0 +1,166 @@
+"""The five token mixers, and the interface that a mixer of one's own has to meet."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from metaformer_jax.models.depthwise import depthwise_conv2d
+from metaformer_jax.models.layers import KERNEL_INIT, Frozen, StarReLU, linear
+
+
+class TokenMixerFn(Protocol):
+    """Builds the token mixer of one block: a module that maps `[b, h, w, c]` to the same shape.
+
+    `resolution` is the (height, width) in tokens of the stage at the model's own image size. A
+    mixer that works at no other keeps it as its attribute `resolution`, so that the model can
+    refuse other images by name; any other mixer ignores it. `functools.partial` fixes further
+    arguments.
+    """
+
+    def __call__(
+        self, dim: int, *, resolution: tuple[int, int], dtype: Any, rngs: nnx.Rngs
+    ) -> nnx.Module: ...
+
+
+class IdentityMixing(nnx.Module):
+    """Mixes nothing (IdentityFormer)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        resolution: tuple[int, int] | None = None,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del dim, resolution, dtype, rngs
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return x
+
+
+class RandomMixing(nnx.Module):
+    """Mixes all tokens by one random matrix that is never trained (RandFormer).
+
+    Each row is the softmax of uniform random numbers. The matrix belongs to one number of tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        resolution: tuple[int, int],
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del dim
+        self.resolution = resolution
+        self.dtype = dtype
+        num_tokens = resolution[0] * resolution[1]
+        noise = jax.random.uniform(rngs.params(), (num_tokens, num_tokens))
+        self.random_matrix = Frozen(jax.nn.softmax(noise, axis=-1))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        if (h, w) != self.resolution:
+            raise ValueError(
+                f"`x` must have the {self.resolution[0]}x{self.resolution[1]} tokens that this "
+                f"RandomMixing was built for, got {h}x{w}. Build it with resolution=({h}, {w})."
+            )
+        matrix = jnp.asarray(self.random_matrix[...], self.dtype)
+        return jnp.einsum("mn,bnc->bmc", matrix, x.reshape(b, h * w, c)).reshape(b, h, w, c)
+
+
+class Pooling(nnx.Module):
+    """Local average minus the input (PoolFormer, https://arxiv.org/abs/2111.11418)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        pool_size: int = 3,
+        resolution: tuple[int, int] | None = None,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del dim, resolution, dtype, rngs
+        self.pool_size = pool_size
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        # The difference of two close numbers: in bfloat16 little of it would be left.
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        average = nnx.avg_pool(
+            wide,
+            (self.pool_size, self.pool_size),
+            strides=(1, 1),
+            padding="SAME",
+            count_include_pad=False,
+        )
+        return (average - wide).astype(x.dtype)
+
+
+class SepConv(nnx.Module):
+    """MobileNetV2's inverted separable convolution (ConvFormer; https://arxiv.org/abs/1801.04381)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expansion_ratio: float = 2,
+        kernel_size: int = 7,
+        resolution: tuple[int, int] | None = None,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del resolution
+        hidden_dim = int(dim * expansion_ratio)
+        self.pwconv1 = linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.act1 = StarReLU(rngs=rngs)
+        self.dwconv = DepthwiseConv(hidden_dim, kernel_size=kernel_size, dtype=dtype, rngs=rngs)
+        self.pwconv2 = linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return self.pwconv2(self.dwconv(self.act1(self.pwconv1(x))))
+
+
+class DepthwiseConv(nnx.Module):
+    """One square filter per channel, without bias."""
+
+    def __init__(self, dim: int, *, kernel_size: int, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.kernel = nnx.Param(KERNEL_INIT(rngs.params(), (kernel_size, kernel_size, dim)))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        kernel = jnp.asarray(self.kernel[...], self.dtype)
+        return depthwise_conv2d(jnp.asarray(x, self.dtype), kernel)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over all tokens, without biases (CAFormer; https://arxiv.org/abs/1706.03762)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        head_dim: int = 32,
+        resolution: tuple[int, int] | None = None,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del resolution
+        self.head_dim = head_dim
+        self.num_heads = max(1, dim // head_dim)
+        attention_dim = self.num_heads * head_dim
+        self.qkv = linear(dim, 3 * attention_dim, dtype=dtype, rngs=rngs)
+        self.proj = linear(attention_dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, _ = x.shape
+        qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, self.head_dim)
+        query, key, value = (qkv[:, :, i] for i in range(3))
+        # Softmax and its sums are float32 whatever the compute dtype is.
+        mixed = jax.nn.dot_product_attention(query, key, value)
+        return self.proj(mixed.reshape(b, h, w, self.num_heads * self.head_dim))

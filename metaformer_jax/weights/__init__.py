@@ -1,0 +1,1 @@
+"""Weights: PyTorch checkpoints in and out. Knows the models only."""
