@@ -37,15 +37,19 @@ def count(build: Callable[[], MetaFormer]) -> Counts:
     """
     model = nnx.eval_shape(build)
     model.eval()
-    graphdef, params, frozen, rest = nnx.split(model, nnx.Param, Frozen, ...)
+    graphdef, state = nnx.split(model)
     height, width = model.image_size
     images = jax.ShapeDtypeStruct((1, height, width, model.in_channels), jnp.float32)
 
-    def forward(params: Any, frozen: Any, rest: Any, images: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params, frozen, rest)(images)
+    def forward(state: nnx.State, images: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, state)(images)
 
-    jaxpr = jax.make_jaxpr(forward)(params, frozen, rest, images)
-    return Counts(_num_elements(params), _num_elements(frozen), _macs(jaxpr.jaxpr))
+    jaxpr = jax.make_jaxpr(forward)(state, images)
+    return Counts(
+        params=_num_elements(nnx.state(model, nnx.Param)),
+        frozen_params=_num_elements(nnx.state(model, Frozen)),
+        macs=_macs(jaxpr.jaxpr),
+    )
 
 
 def _num_elements(state: Any) -> int:
