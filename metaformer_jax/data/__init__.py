@@ -1,0 +1,1 @@
+"""Data: sources, transforms, batches. Knows nothing of models."""

@@ -1,0 +1,99 @@
+"""Trains or evaluates what a config describes.
+
+    python -m metaformer_jax.main --config=configs/digits.py --workdir=runs/digits
+
+Any field of the config can be overridden: --config.epochs=10 --config.optimizer.learning_rate=1e-3
+"""
+
+import itertools
+import pathlib
+import sys
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+# Exit codes.
+TRAINING_FAILED = 1
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics and pictures; a run that is there continues."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
+    "accept_config_changes", False, "Continue a run though its config was another."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        arguments = flags.FLAGS(argv)
+        # A file that failed to load says so only when a field is read.
+        _CONFIG.value.to_dict()
+        return arguments
+    except Exception as error:
+        _exit_with(_explain(error, argv), USAGE_ERROR)
+
+
+def _explain(error: Exception, argv: list[str]) -> Exception:
+    # Libraries report a missing file or field in terms of their own; these are the user's.
+    from metaformer_jax.training import settings
+
+    path = ""
+    for flag, following in itertools.pairwise([*argv, ""]):
+        name, equals, value = flag.lstrip("-").partition("=")
+        if name == "config":
+            path = (value if equals else following).partition(":")[0]
+            if not pathlib.Path(path).is_file():
+                return ValueError(
+                    f"`--config` must be a Python file that defines get_config(), got {path!r}, "
+                    "which is not there. configs/ holds the published ones."
+                )
+        elif name.startswith("config."):
+            try:
+                settings.check_known(name.removeprefix("config."))
+            except ValueError as unknown_field:
+                return unknown_field
+    if isinstance(error, flags.Error):
+        return error
+    return ValueError(
+        f"`--config` must be a Python file that defines get_config(), got {path!r}, which failed "
+        f"to load. {type(error).__name__}: {error}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Runs the mode that the flags ask for."""
+    if argv[1:]:
+        _exit_with(f"Arguments must be --flags, got {' '.join(argv[1:])}.", USAGE_ERROR)
+    # Flags that are wrong should say so at once, not after the imports of seconds.
+    from metaformer_jax.training import train
+
+    # Orbax and JAX tell every step they take; --verbosity=0 shows it.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    workdir = pathlib.Path(flags.FLAGS.workdir)
+    try:
+        if _MODE.value == "eval":
+            train.evaluate(_CONFIG.value, workdir)
+        else:
+            train.train(_CONFIG.value, workdir, accept_config_changes=_ACCEPT_CONFIG_CHANGES.value)
+    except ValueError as error:
+        _exit_with(error, USAGE_ERROR)
+    except FloatingPointError as error:
+        _exit_with(error, TRAINING_FAILED)
+    except KeyboardInterrupt:
+        _exit_with("stopped. The same command continues from the last checkpoint.", INTERRUPTED)
+
+
+def _exit_with(error: Exception | str, code: int) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

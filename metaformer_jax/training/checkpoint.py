@@ -1,0 +1,92 @@
+"""Checkpoints of a run: written in the background, complete or not there at all."""
+
+import pathlib
+from importlib import metadata
+from types import TracebackType
+from typing import Self
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from metaformer_jax.training.step import TrainState
+
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "metaformer-jax")
+
+
+class Checkpoints:
+    """The checkpoints of one run, one folder per step, with Orbax.
+
+    A checkpoint holds the state, the metrics of its evaluation and the versions of the packages.
+    It appears under its name only when all of it is written.
+
+    Args:
+        directory: where they live; made if it is not there.
+        keep: how many of the latest stay; the best by `accuracy` stays besides.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, keep: int):
+        if keep < 1:
+            raise ValueError(f"`checkpoint.keep` must be at least 1, got {keep}.")
+        best = checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics["accuracy"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [checkpoint_managers.LatestN(keep), best]
+        )
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=lambda metrics: metrics["accuracy"]
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, *, metrics: dict[str, float]) -> None:
+        """Starts to write a checkpoint; errors of the one before surface here."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(vars(state)),
+                versions=ocp.args.JsonSave(_versions()),
+            ),
+            metrics=metrics,
+        )
+
+    def restore(self, abstract_state: TrainState) -> TrainState:
+        """The newest checkpoint, laid out as `abstract_state` wants it."""
+        step = self.latest_step()
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(vars(abstract_state))),
+        )
+        return TrainState(**restored["state"])
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The evaluation that was saved with a checkpoint."""
+        return self._manager.metrics(step)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,55 @@
+"""Pictures of a run: its curves, and the images it got wrong."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Loss, accuracy and learning rate over the steps, from the rows of `metrics.jsonl`."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = (
+        ("loss", {"training": "train/loss", "evaluation": "eval/loss"}, 1),
+        ("accuracy in %", {"training": "train/accuracy", "evaluation": "eval/accuracy"}, 100),
+        ("learning rate", {"": "train/learning_rate"}, 1),
+    )
+    for axes, (title, curves, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+        for label, key in curves.items():
+            points = [(row["step"], scale * row[key]) for row in rows if key in row]
+            marker = "o" if label == "evaluation" else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend()
+    _save(figure, path)
+
+
+def draw_misclassified(
+    examples: Sequence[tuple[UInt8[np.ndarray, "h w c"], str, str, float]],
+    path: pathlib.Path,
+    *,
+    title: str,
+) -> None:
+    """A grid of images, each with its label, the prediction instead and its probability."""
+    columns = max(1, min(8, len(examples)))
+    num_rows = max(1, -(-len(examples) // columns))
+    figure = Figure(figsize=(max(6, 1.6 * columns), 0.6 + 2.1 * num_rows), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(num_rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (image, label, prediction, probability) in zip(grid.flat, examples, strict=False):
+        axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray")
+        axes.set_title(f"{label}, not {prediction}\n({probability:.0%} sure)", fontsize=9)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    FigureCanvasAgg(figure).print_png(str(path))

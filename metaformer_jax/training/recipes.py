@@ -1,0 +1,81 @@
+"""The fields of a training config, their defaults, and the recipes as tables of differences."""
+
+import ml_collections
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """Every field that a training run has; a config file changes some and cannot add others.
+
+    Epochs count passes over the training examples; steps count updates.
+    """
+    config = ml_collections.ConfigDict()
+    # Initial parameters, order of the data, augmentation, dropped paths.
+    config.seed = 0
+    config.epochs = 300.0
+    # Examples per update over all devices and processes.
+    config.batch_size = 4096
+    config.eval_batch_size = 1024
+    config.label_smoothing = 0.1
+    config.log_every_steps = 50
+    config.eval_every_epochs = 1.0
+
+    config.model = ml_collections.ConfigDict()
+    # A published name, or a family ("caformer") in a size of one's own.
+    config.model.name = ""
+    config.model.family = ""
+    config.model.depths = ()
+    config.model.dims = ()
+    config.model.drop_path_rate = 0.0
+    config.model.head_dropout = 0.0
+    # "float32" or "bfloat16": the compute dtype; parameters are float32.
+    config.model.dtype = "float32"
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "digits"
+    # Pixels per side.
+    config.data.image_size = 224
+    # Per channel, for images scaled to [0, 1].
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+    # Training images move by up to this many pixels.
+    config.data.max_shift = 0
+    # Threads that read and transform.
+    config.data.num_threads = 4
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_epochs = 5.0
+    config.optimizer.warmup_learning_rate = 1e-6
+    config.optimizer.min_learning_rate = 1e-5
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.05
+    # The global norm that gradients are cut to; 0 leaves them.
+    config.optimizer.max_grad_norm = 0.0
+
+    config.mesh = ml_collections.ConfigDict()
+    # Devices along each axis; -1 takes all that the other leaves.
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_epochs = 1.0
+    # The latest so many are kept, and the best by accuracy.
+    config.checkpoint.keep = 2
+    return config.lock()
+
+
+def digits() -> ml_collections.ConfigDict:
+    """A small CAFormer on the handwritten digits that come with the package."""
+    config = base_config()
+    config.epochs = 20.0
+    config.batch_size = 64
+    config.eval_batch_size = 128
+    config.log_every_steps = 10
+    config.model.update(family="caformer", depths=(1, 1, 2, 1), dims=(32, 64, 96, 128))
+    config.model.drop_path_rate = 0.05
+    config.data.update(name="digits", image_size=32, mean=(0.305,), std=(0.376,), max_shift=3)
+    config.optimizer.update(learning_rate=2e-3, warmup_epochs=2.0)
+    config.checkpoint.every_epochs = 5.0
+    return config

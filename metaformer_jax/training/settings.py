@@ -1,0 +1,139 @@
+"""Checks a config before any work, and remembers the one that a workdir was made with."""
+
+import difflib
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from metaformer_jax.training import recipes
+
+
+def check_fields(config: ml_collections.ConfigDict) -> None:
+    """Refuses fields that no run reads, missing ones, and numbers out of range.
+
+    Raises:
+        ValueError: naming the field, its value and what would do.
+    """
+    known, given = flatten(recipes.base_config()), flatten(config)
+    for field in given:
+        check_known(field)
+    for field in known:
+        if field not in given:
+            raise ValueError(
+                f"`config.{field}` is missing. Start from recipes.base_config(), which has it."
+            )
+    positive = (
+        "epochs",
+        "batch_size",
+        "eval_batch_size",
+        "log_every_steps",
+        "eval_every_epochs",
+        "data.image_size",
+        "optimizer.learning_rate",
+        "checkpoint.every_epochs",
+        "checkpoint.keep",
+    )
+    for field in positive:
+        if not given[field] > 0:
+            raise ValueError(f"`config.{field}` must be positive, got {given[field]}.")
+    not_negative = (
+        "seed",
+        "data.max_shift",
+        "data.num_threads",
+        "optimizer.warmup_epochs",
+        "optimizer.warmup_learning_rate",
+        "optimizer.min_learning_rate",
+        "optimizer.weight_decay",
+        "optimizer.max_grad_norm",
+    )
+    for field in not_negative:
+        if given[field] < 0:
+            raise ValueError(f"`config.{field}` must not be negative, got {given[field]}.")
+    if given["optimizer.warmup_epochs"] >= given["epochs"]:
+        raise ValueError(
+            f"`config.optimizer.warmup_epochs` must be less than the {given['epochs']:g} epochs of "
+            f"the training, got {given['optimizer.warmup_epochs']:g}."
+        )
+    for field in ("label_smoothing", "optimizer.b1", "optimizer.b2"):
+        if not 0 <= given[field] < 1:
+            raise ValueError(f"`config.{field}` must be in [0, 1), got {given[field]}.")
+    for field in ("data.mean", "data.std"):
+        if any(not isinstance(value, int | float) for value in given[field]):
+            raise ValueError(f"`config.{field}` must be numbers, got {given[field]}.")
+    if any(value <= 0 for value in given["data.std"]):
+        raise ValueError(f"`config.data.std` must be positive, got {given['data.std']}.")
+    if given["model.dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"`config.model.dtype` must be 'float32' or 'bfloat16', got {given['model.dtype']!r}."
+        )
+
+
+def check_known(field: str) -> None:
+    """Refuses a dotted name that no training config has.
+
+    Raises:
+        ValueError: offering the close ones.
+    """
+    known = flatten(recipes.base_config())
+    # A part of the tree, "model", is not a value, but it is there.
+    if field not in known and not any(name.startswith(f"{field}.") for name in known):
+        by_last_part = {name.rpartition(".")[2]: name for name in known}
+        close = difflib.get_close_matches(field, known, n=3) or [
+            by_last_part[part] for part in difflib.get_close_matches(field, by_last_part, n=3)
+        ]
+        hint = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(known)}."
+        raise ValueError(f"`config.{field}` is not a field of a training config. {hint}")
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Values by dotted field name, `{"model.dtype": "float32", ...}`."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat.update({f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def claim_workdir(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, *, accept_changes: bool = False
+) -> None:
+    """Makes the folder and writes `config.json`, or checks that this config made it.
+
+    Raises:
+        ValueError: another config made it, and `accept_changes` is not set; or it cannot be
+            written to.
+    """
+    # Through JSON, so that tuples compare with what is read back.
+    mine = json.loads(json.dumps(flatten(config)))
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not accept_changes:
+            _check_same(json.loads(path.read_text()), mine, workdir)
+        part = path.with_suffix(".tmp")
+        part.write_text(json.dumps(mine, indent=2) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"`workdir` must be a folder that can be written to, got {str(workdir)!r}: "
+            f"{error.strerror}."
+        ) from error
+
+
+def _check_same(theirs: dict[str, Any], mine: dict[str, Any], workdir: pathlib.Path) -> None:
+    absent = "(absent)"
+    changes = [
+        f"  {field}: {theirs.get(field, absent)} -> {mine.get(field, absent)}"
+        for field in sorted({*theirs, *mine})
+        if theirs.get(field, absent) != mine.get(field, absent)
+    ]
+    if changes:
+        raise ValueError(
+            f"`workdir` must be new or made by the same config, but {str(workdir)!r} was made with "
+            "other values:\n" + "\n".join(changes) + "\nUse another --workdir, or continue "
+            "this one with the new values by --accept_config_changes."
+        )

@@ -1,0 +1,346 @@
+"""A training run from a config: the only place below the programs that sees a ConfigDict."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from metaformer_jax import models
+from metaformer_jax.data import loader, transforms
+from metaformer_jax.data.normalize import normalize
+from metaformer_jax.data.sources import Example, open_source
+from metaformer_jax.training import optim, pictures, settings, sharding
+from metaformer_jax.training.checkpoint import Checkpoints
+from metaformer_jax.training.metrics import MetricWriter, read_metrics
+from metaformer_jax.training.progress import TrainingProgress
+from metaformer_jax.training.step import Engine, TrainState
+
+# Most of what a picture of misclassified images can show at a readable size.
+_MAX_PICTURED = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Results over all evaluation examples, the last three in the order of the source."""
+
+    accuracy: float
+    loss: float
+    predictions: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray
+
+
+class Run:
+    """What a config describes, built and checked, before anything is compiled.
+
+    Args:
+        config: all fields of `recipes.base_config()`.
+
+    Raises:
+        ValueError: a field is unknown, missing or out of range, or fields contradict each other.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        settings.check_fields(config)
+        self.config = config
+        self.train_source = open_source(
+            config.data.name, "train", image_size=config.data.image_size
+        )
+        self.eval_source = open_source(config.data.name, "test", image_size=config.data.image_size)
+        channels = self.train_source[0]["image"].shape[-1]
+        for field in ("mean", "std"):
+            if len(config.data[field]) != channels:
+                raise ValueError(
+                    f"`config.data.{field}` must have one value for each of the {channels} "
+                    f"channels of {config.data.name!r}, got {tuple(config.data[field])}."
+                )
+        if config.batch_size > len(self.train_source):
+            raise ValueError(
+                f"`config.batch_size` must be at most the {len(self.train_source):,} training "
+                f"examples of {config.data.name!r}, got {config.batch_size}."
+            )
+        self.steps_per_epoch = len(self.train_source) / config.batch_size
+        self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
+        mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        for field in ("batch_size", "eval_batch_size"):
+            if config[field] % mesh.size:
+                raise ValueError(
+                    f"`config.{field}` must divide by the {mesh.size} devices, got "
+                    f"{config[field]}. Use {math.ceil(config[field] / mesh.size) * mesh.size}."
+                )
+        self.schedule = optim.warmup_cosine(
+            peak=config.optimizer.learning_rate,
+            warmup_steps=round(config.optimizer.warmup_epochs * self.steps_per_epoch),
+            total_steps=self.total_steps,
+            warmup_from=config.optimizer.warmup_learning_rate,
+            end=config.optimizer.min_learning_rate,
+        )
+        optimizer = optim.adamw(
+            self.schedule,
+            b1=config.optimizer.b1,
+            b2=config.optimizer.b2,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            max_grad_norm=config.optimizer.max_grad_norm or None,
+        )
+        self.engine = Engine(
+            _model_builder(config, len(self.train_source.class_names), channels),
+            optimizer,
+            mesh=mesh,
+            preprocess=functools.partial(
+                normalize, mean=tuple(config.data.mean), std=tuple(config.data.std)
+            ),
+            label_smoothing=config.label_smoothing,
+            seed=config.seed,
+        )
+
+    def is_due(self, every_epochs: float, step: int) -> bool:
+        """Whether something done every so many epochs is done after this step."""
+        every_steps = every_epochs * self.steps_per_epoch
+        return step // every_steps > (step - 1) // every_steps or step == self.total_steps
+
+    def training_batches(self, start_step: int) -> Iterator[Any]:
+        """Batches on the devices, from a step on."""
+        batches = loader.training_batches(
+            self.train_source,
+            functools.partial(_augment, max_shift=self.config.data.max_shift),
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            num_processes=jax.process_count(),
+            num_threads=self.config.data.num_threads,
+        )
+        return (sharding.shard_batch(batch, self.engine.mesh) for batch in batches)
+
+    def evaluate(self, state: TrainState) -> Evaluation:
+        """Loss and accuracy over every evaluation example, once each."""
+        batches = loader.evaluation_batches(
+            self.eval_source,
+            lambda example: example,
+            batch_size=self.config.eval_batch_size,
+            process_index=jax.process_index(),
+            num_processes=jax.process_count(),
+        )
+        outputs = [
+            self.engine.eval_step(state, sharding.shard_batch(batch, self.engine.mesh))
+            for batch in batches
+        ]
+        on_host = jax.device_get(outputs)
+        columns = {key: np.concatenate([out[key] for out in on_host]) for key in on_host[0]}
+        present = {key: column[columns["mask"]] for key, column in columns.items()}
+        return Evaluation(
+            accuracy=float(np.mean(present["prediction"] == present["label"])),
+            loss=float(np.mean(present["loss"], dtype=np.float64)),
+            predictions=present["prediction"],
+            probabilities=present["probability"],
+            labels=present["label"],
+        )
+
+
+def _augment(example: Example, rng: np.random.Generator, *, max_shift: int) -> Example:
+    image = transforms.random_shift(example["image"], max_shift, rng=rng)
+    return {"image": image, "label": example["label"]}
+
+
+def _model_builder(
+    config: ml_collections.ConfigDict, num_classes: int, channels: int
+) -> Callable[[nnx.Rngs], models.MetaFormer]:
+    arguments = {
+        "num_classes": num_classes,
+        "in_channels": channels,
+        "image_size": config.data.image_size,
+        "drop_path_rate": config.model.drop_path_rate,
+        "head_dropout": config.model.head_dropout,
+        "dtype": jnp.dtype(config.model.dtype),
+    }
+    if bool(config.model.name) == bool(config.model.family):
+        raise ValueError(
+            "One of `config.model.name` and `config.model.family` must be set, got "
+            f"{config.model.name!r} and {config.model.family!r}."
+        )
+    if config.model.name:
+        return lambda rngs: models.create_model(config.model.name, **arguments, rngs=rngs)
+    if config.model.family not in models.FAMILIES:
+        raise ValueError(
+            f"`config.model.family` must be one of {', '.join(models.FAMILIES)}, got "
+            f"{config.model.family!r}."
+        )
+    spec = models.FAMILIES[config.model.family].spec(
+        depths=tuple(config.model.depths), dims=tuple(config.model.dims)
+    )
+    return lambda rngs: models.MetaFormer(spec, **arguments, rngs=rngs)
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    accept_config_changes: bool = False,
+    console: Console | None = None,
+) -> Evaluation:
+    """Trains what the config describes, or continues where the workdir's last checkpoint stands.
+
+    The workdir holds `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/`, `curves.png`
+    and `misclassified.png`.
+
+    Raises:
+        ValueError: the config is wrong, or the workdir belongs to another one.
+        FloatingPointError: the loss became infinite or not a number.
+    """
+    console = console or Console()
+    run = Run(config)
+    settings.claim_workdir(workdir, config, accept_changes=accept_config_changes)
+    engine = run.engine
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        start_step = checkpoints.latest_step() or 0
+        _describe(run, workdir, start_step, console)
+        resumed = checkpoints.restore(engine.abstract_state) if start_step else None
+        state = resumed or engine.initial_state()
+        if start_step < run.total_steps:
+            state, evaluation = _train_loop(run, state, start_step, workdir, checkpoints, console)
+        else:
+            evaluation = run.evaluate(state)
+    _report(run, evaluation, workdir, console)
+    return evaluation
+
+
+def evaluate(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, console: Console | None = None
+) -> Evaluation:
+    """Evaluates the newest checkpoint of a run.
+
+    Raises:
+        ValueError: the config is wrong, or the workdir holds no checkpoint.
+    """
+    console = console or Console()
+    run = Run(config)
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise _no_checkpoint(workdir)
+    with Checkpoints(folder, keep=config.checkpoint.keep) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise _no_checkpoint(workdir)
+        evaluation = run.evaluate(checkpoints.restore(run.engine.abstract_state))
+    _print_result(evaluation, console)
+    return evaluation
+
+
+def _no_checkpoint(workdir: pathlib.Path) -> ValueError:
+    return ValueError(
+        f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with --mode=train."
+    )
+
+
+def _train_loop(
+    run: Run,
+    state: TrainState,
+    start_step: int,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    console: Console,
+) -> tuple[TrainState, Evaluation]:
+    config, engine, total_steps = run.config, run.engine, run.total_steps
+    batches = run.training_batches(start_step)
+    console.print("compiling the training step ...")
+    waiting: list[dict[str, jax.Array]] = []
+    figures = held_out = ""
+    with (
+        MetricWriter(workdir, start_step=start_step) as writer,
+        TrainingProgress(console, total_steps=total_steps, start_step=start_step) as progress,
+    ):
+        for step in range(start_step + 1, total_steps + 1):
+            state, metrics = engine.train_step(state, next(batches))
+            waiting.append(metrics)
+            save = run.is_due(config.checkpoint.every_epochs, step)
+            # A row before every checkpoint: a resumed run then averages over the same steps.
+            if step % config.log_every_steps == 0 or save:
+                row = _mean_over_steps(waiting, step)
+                waiting = []
+                row["learning_rate"] = float(run.schedule(step - 1))
+                writer.write(step, {f"train/{name}": value for name, value in row.items()})
+                figures = f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}{held_out}"
+            progress.update(step, figures)
+            if save or run.is_due(config.eval_every_epochs, step):
+                evaluation = run.evaluate(state)
+                results = {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
+                held_out = f"  held out {evaluation.accuracy:.1%}"
+                writer.write(step, {f"eval/{name}": value for name, value in results.items()})
+                if save:
+                    checkpoints.save(state, metrics=results)
+    return state, evaluation
+
+
+def _mean_over_steps(waiting: list[dict[str, jax.Array]], step: int) -> dict[str, float]:
+    on_host = jax.device_get(waiting)
+    for past, metrics in enumerate(reversed(on_host)):
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(
+                f"The loss of step {step - past} is {metrics['loss']} (gradient norm "
+                f"{metrics['grad_norm']}). Lower optimizer.learning_rate or set "
+                "optimizer.max_grad_norm; the last checkpoint is good."
+            )
+    return {key: float(np.mean([metrics[key] for metrics in on_host])) for key in on_host[0]}
+
+
+def _describe(run: Run, workdir: pathlib.Path, start_step: int, console: Console) -> None:
+    config = run.config
+    counts = models.count(lambda: run.engine.build(nnx.Rngs(0)))
+    mesh = ", ".join(f"{axis} {size}" for axis, size in run.engine.mesh.shape.items())
+    device = jax.devices()[0]
+    console.print(
+        f"model    {config.model.name or config.model.family}: {counts.params:,} parameters, "
+        f"{counts.frozen_params:,} frozen, {counts.macs / 1e6:,.1f} M multiply-adds per image\n"
+        f"data     {config.data.name}: {len(run.train_source):,} for training, "
+        f"{len(run.eval_source):,} for evaluation, {config.data.image_size} pixels\n"
+        f"devices  {jax.device_count()} x {device.device_kind} in {jax.process_count()} processes "
+        f"({mesh})\n"
+        f"steps    {run.total_steps:,} of {config.batch_size:,} images "
+        f"({config.epochs:g} epochs)\n"
+        f"workdir  {workdir}",
+        highlight=False,
+    )
+    if start_step >= run.total_steps:
+        console.print(f"This training is finished: {start_step:,} steps are done.")
+    elif start_step:
+        console.print(f"continuing after step {start_step:,}")
+
+
+def _report(run: Run, evaluation: Evaluation, workdir: pathlib.Path, console: Console) -> None:
+    pictures.draw_curves(read_metrics(workdir), workdir / "curves.png")
+    wrong = np.flatnonzero(evaluation.predictions != evaluation.labels)
+    surest_first = wrong[np.argsort(-evaluation.probabilities[wrong], kind="stable")]
+    names = run.eval_source.class_names
+    pictures.draw_misclassified(
+        [
+            (
+                run.eval_source[index]["image"],
+                names[evaluation.labels[index]],
+                names[evaluation.predictions[index]],
+                float(evaluation.probabilities[index]),
+            )
+            for index in surest_first[:_MAX_PICTURED].tolist()
+        ],
+        workdir / "misclassified.png",
+        title=f"{len(wrong)} of {len(evaluation.labels)} misclassified",
+    )
+    _print_result(evaluation, console)
+    console.print(f"checkpoint, metrics and pictures: {workdir}", highlight=False)
+
+
+def _print_result(evaluation: Evaluation, console: Console) -> None:
+    correct = int(np.sum(evaluation.predictions == evaluation.labels))
+    console.print(
+        f"accuracy {evaluation.accuracy:.2%} ({correct} of {len(evaluation.labels)})  "
+        f"loss {evaluation.loss:.4f}",
+        highlight=False,
+    )
