@@ -11,11 +11,6 @@ FORWARD = np.load(reference.DATA / "forward.npz")
 FORWARD_CASES = sorted({key.split("/")[0] for key in FORWARD.files})
 FAMILIES = ["identityformer_s12", "randformer_s12", "poolformerv2_s12", "convformer_s18"]
 FAMILIES += ["caformer_s18"]
-# Members of a group run in one process and share what it has compiled.
-FORWARD_PARAMS = [
-    pytest.param(case, marks=pytest.mark.xdist_group("common" if case.startswith("c") else "basic"))
-    for case in FORWARD_CASES
-]
 ARCHITECTURES = reference.checkpoint_table()["architectures"]
 
 
@@ -31,7 +26,7 @@ def test_the_reference_figures_cover_every_architecture():
 
 # Run operation by operation: each is compiled once and serves every architecture in which it
 # occurs, where jitting would compile every network for itself. Further down, five are jitted.
-@pytest.mark.parametrize("case", FORWARD_PARAMS)
+@pytest.mark.parametrize("case", FORWARD_CASES)
 def test_stages_pooled_feature_and_logits_agree(case):
     name, images = _name_and_images(case)
     model = reference.model(name, image_size=images.shape[1:3])

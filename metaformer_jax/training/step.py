@@ -131,7 +131,7 @@ class Engine:
         metrics = {
             "loss": loss,
             "accuracy": jnp.mean(logits.argmax(-1) == batch["label"]),
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
         }
         return new_state, metrics
 

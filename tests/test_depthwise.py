@@ -1,0 +1,90 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaformer_jax.models import depthwise
+from metaformer_jax.models.depthwise import depthwise_conv2d
+
+SHAPES = [
+    ((2, 9, 9, 4), (7, 7, 4)),
+    ((1, 5, 8, 3), (3, 5, 3)),
+    ((2, 3, 2, 5), (7, 7, 5)),  # smaller than the kernel
+    ((1, 1, 1, 2), (3, 3, 2)),
+]
+
+
+def _arrays(x_shape, kernel_shape, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], x_shape, dtype)
+    return x, jax.random.normal(keys[1], kernel_shape, dtype), jax.random.normal(keys[2], x_shape)
+
+
+def _plain(x, kernel):
+    """The definition: each output is the kernel's sum over its window."""
+    kh, kw, _ = kernel.shape
+    padded = np.pad(x, ((0, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kh, kw), axis=(1, 2))
+    return np.einsum("bhwcij,ijc->bhwc", windows, kernel)
+
+
+@pytest.mark.parametrize(("x_shape", "kernel_shape"), SHAPES)
+@pytest.mark.parametrize("lowering", ["depthwise_conv2d", "_shifted", "_grouped"])
+def test_every_lowering_is_the_definition(lowering, x_shape, kernel_shape):
+    x, kernel, _ = _arrays(x_shape, kernel_shape)
+    actual = getattr(depthwise, lowering)(x, kernel)
+    expected = _plain(np.asarray(x, np.float64), np.asarray(kernel, np.float64))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("x_shape", "kernel_shape"), SHAPES)
+def test_both_gradients_are_those_of_the_grouped_convolution(x_shape, kernel_shape):
+    x, kernel, cotangent = _arrays(x_shape, kernel_shape)
+    _, vjp = jax.vjp(depthwise_conv2d, x, kernel)
+    _, plain_vjp = jax.vjp(depthwise._grouped, x, kernel)
+    for actual, expected in zip(vjp(cotangent), plain_vjp(cotangent), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["_kernel_gradient_by_rows", "_kernel_gradient_of_grouped"])
+def test_every_kernel_gradient_is_the_definition(gradient):
+    x, kernel, cotangent = _arrays((2, 6, 5, 3), (3, 5, 3))
+    actual = getattr(depthwise, gradient)(x, cotangent, kernel)
+    expected = np.zeros(kernel.shape)
+    for index in np.ndindex(3, 5):
+        tap = np.zeros(kernel.shape)
+        tap[index] = 1
+        expected[index] = np.sum(_plain(np.asarray(x), tap) * cotangent, axis=(0, 1, 2))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_accumulated_in_float32():
+    x, kernel, _ = _arrays((2, 14, 14, 8), (7, 7, 8), jnp.bfloat16)
+    actual = depthwise_conv2d(x, kernel)
+    assert actual.dtype == jnp.bfloat16
+    expected = _plain(np.asarray(x, np.float64), np.asarray(kernel, np.float64))
+    # One rounding of the result to eight bits, and none of the 49 sums before it.
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=1e-5)
+
+
+def test_second_derivatives_work():
+    x, kernel, _ = _arrays((1, 4, 4, 2), (3, 3, 2))
+
+    def loss(function, kernel):
+        return jnp.sum(function(x, kernel) ** 3)
+
+    def sum_of_gradient(function, kernel):
+        return jnp.sum(jax.grad(loss, argnums=1)(function, kernel) ** 2)
+
+    actual = jax.grad(sum_of_gradient, argnums=1)(depthwise_conv2d, kernel)
+    expected = jax.grad(sum_of_gradient, argnums=1)(depthwise._grouped, kernel)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernel_shape", "message"),
+    [((2, 3, 4), r"odd.*\(2, 3\)"), ((3, 3, 5), "4 channels.*got 5")],
+)
+def test_kernels_that_do_not_fit_are_refused(kernel_shape, message):
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv2d(jnp.zeros((1, 8, 8, 4)), jnp.zeros(kernel_shape))

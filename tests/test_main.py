@@ -1,0 +1,76 @@
+"""The programs as a person calls them."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from metaformer_jax import zoo
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+DIGITS = "--config=configs/digits.py"
+
+
+def _main(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "metaformer_jax.main", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/nope.py"], "got 'configs/nope.py', which is not there"),
+        (["--config=README.md"], "'README.md', which failed to load"),
+        ([DIGITS, "--config.lerning=3"], "Did you mean optimizer.learning_rate?"),
+        ([DIGITS, "--config.epochs=many"], "could not convert string to float: 'many'"),
+        ([DIGITS, "--config.model.drop_path_rate=-1"], "`drop_path_rate` must be in [0, 1)"),
+        ([DIGITS, "--mode=trian"], "<train|eval>"),
+        ([DIGITS, "again"], "Arguments must be --flags, got again"),
+        ([], "--config must have a value"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    workdir = tmp_path / "run"
+    result = _main(*arguments, f"--workdir={workdir}")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not workdir.exists()
+
+
+def test_training_from_the_command_line_with_overrides(tmp_path):
+    arguments = [DIGITS, f"--workdir={tmp_path}", "--config.model.family=identityformer"]
+    arguments += ["--config.epochs=0.2", "--config.optimizer.warmup_epochs=0"]
+    arguments += ["--config.model.dims=(8,8,8,8)", "--config.log_every_steps=1"]
+    result = _main(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "model    identityformer" in result.stdout
+    assert "accuracy " in result.stdout
+    assert result.stderr == ""
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "metrics.jsonl",
+        "misclassified.png",
+        "tensorboard",
+    }
+
+
+def test_the_zoo_prints_counted_beside_published_figures(capsys):
+    assert zoo.main(["randformer_s12"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "randformer_s12" in line]
+    cells = [cell.strip() for cell in row.split("│")]
+    expected = ["randformer_s12", "224", "1000", "11,891,712", "11.9 M", "235,298", "0.2 M"]
+    assert cells[1:-1] == [*expected, "1.888", "1.9 G", "76.6 %"]
+
+
+def test_the_zoo_refuses_a_pattern_without_a_match(capsys):
+    assert zoo.main(["resnet*"]) == 2
+    assert "no published model matches" in capsys.readouterr().out

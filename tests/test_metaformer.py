@@ -1,0 +1,187 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from metaformer_jax.models import (
+    FAMILIES,
+    Attention,
+    ConvGeometry,
+    MetaFormer,
+    MetaFormerSpec,
+    MlpHead,
+    Pooling,
+    SepConv,
+)
+
+SPEC = MetaFormerSpec(
+    depths=(2, 2), dims=(8, 16), token_mixers=(Pooling, SepConv), res_scale_init=(None, 1.0)
+)
+
+
+def _model(spec=SPEC, **kwargs):
+    arguments = {"num_classes": 5, "image_size": 32, "rngs": nnx.Rngs(0), **kwargs}
+    return MetaFormer(spec, **arguments)
+
+
+@pytest.fixture
+def images():
+    return jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+
+
+def test_logits_features_and_pooled_feature_have_their_shapes(images):
+    model = _model()
+    assert model(images).shape == (2, 5)
+    assert [stage.shape for stage in model.features(images)] == [(2, 8, 8, 8), (2, 4, 4, 16)]
+    pooled = _model(num_classes=0)(images)
+    assert pooled.shape == (2, 16)
+    np.testing.assert_allclose(pooled.mean(-1), 0, atol=1e-5)
+
+
+def test_the_call_is_head_of_pool_of_features(images):
+    model = _model()
+    expected = model.head(model.pool(model.features(images)[-1]))
+    np.testing.assert_array_equal(model(images), expected)
+
+
+def test_a_mixer_of_ones_own_fits_in(images):
+    class Roll(nnx.Module):
+        def __init__(self, dim, *, resolution, dtype, rngs, shift):
+            self.resolutions_seen = resolution
+            self.shift = shift
+
+        def __call__(self, x):
+            return jnp.roll(x, self.shift, axis=1)
+
+    spec = MetaFormerSpec(
+        depths=(1, 1),
+        dims=(8, 16),
+        token_mixers=(functools.partial(Roll, shift=1), Attention),
+        res_scale_init=(None, None),
+        head=MlpHead,
+        stem=ConvGeometry(kernel_size=3, stride=1, padding=1),
+    )
+    model = _model(spec)
+    assert model(images).shape == (2, 5)
+    assert model.stages[0][0].token_mixer.resolutions_seen == (32, 32)
+
+
+def test_evaluation_is_deterministic_and_training_is_not(images):
+    model = _model(drop_path_rate=0.9)
+    model.train()
+    assert not bool(jnp.all(model(images) == model(images)))
+    model.eval()
+    np.testing.assert_array_equal(model(images), model(images))
+
+
+def test_keys_given_to_the_call_decide_every_mask(images):
+    model = _model(drop_path_rate=0.9)
+    first = model(images, rngs=nnx.Rngs(dropout=1))
+    np.testing.assert_array_equal(first, model(images, rngs=nnx.Rngs(dropout=1)))
+    assert not bool(jnp.all(first == model(images, rngs=nnx.Rngs(dropout=2))))
+
+
+@pytest.mark.parametrize("source", ["of its own", "given to the call"])
+def test_no_two_branches_share_a_mask(source):
+    model = _model(drop_path_rate=0.9)
+    rngs = nnx.Rngs(dropout=0) if source == "given to the call" else None
+    ones = jnp.ones((64, 1, 1, 1))
+    masks = []
+    for blocks in model.stages:
+        for block in blocks:
+            for drop_path in (block.drop_path1, block.drop_path2):
+                if drop_path is not None:
+                    masks.append(tuple((drop_path(ones, rngs=rngs) > 0).ravel().tolist()))
+    assert len(masks) == 6
+    assert len(set(masks)) == 6
+
+
+def test_drop_path_grows_linearly_from_zero_over_all_blocks():
+    model = _model(drop_path_rate=0.3)
+    rates = [
+        block.drop_path1.rate if block.drop_path1 is not None else 0.0
+        for blocks in model.stages
+        for block in blocks
+    ]
+    np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3])
+
+
+def test_a_model_without_rates_holds_parameters_only():
+    state = nnx.state(_model())
+    assert {type(variable) for _, variable in nnx.to_flat_state(state)} == {nnx.Param}
+
+
+def test_sizes_that_do_not_divide_work_as_strided_convolutions_do():
+    stages = _model().features(jnp.zeros((1, 45, 30, 3)))
+    assert [stage.shape[1:3] for stage in stages] == [(11, 7), (6, 4)]
+
+
+def test_jit_gives_what_the_plain_call_gives(images):
+    model = _model()
+    jitted = nnx.jit(lambda model, images: model(images))(model, images)
+    np.testing.assert_allclose(jitted, model(images), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((32, 32, 3), r"4 axes.*got shape \(32, 32, 3\).*images\[None\]"),
+        ((2, 32, 32, 1), r"3 channels.*got shape \(2, 32, 32, 1\).*in_channels"),
+        ((2, 3, 32, 32), r"channels-first.*transpose\(0, 2, 3, 1\)"),
+        ((2, 2, 2, 3), "large enough.*got 2x2 pixels: stage 1"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_before_compiling(shape, message):
+    with pytest.raises(ValueError, match=message):
+        _model()(jnp.zeros(shape))
+
+
+def test_random_mixing_names_its_image_size_and_the_remedy():
+    spec = FAMILIES["randformer"].spec(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    model = _model(spec, image_size=64)
+    assert model(jnp.zeros((1, 64, 64, 3))).shape == (1, 5)
+    with pytest.raises(ValueError, match=r"64x64 pixels.*got 96x96.*image_size=96"):
+        model(jnp.zeros((1, 96, 96, 3)))
+    with pytest.raises(ValueError, match=r"got 64x96.*image_size=\(64, 96\)"):
+        model(jnp.zeros((1, 64, 96, 3)))
+    built_for_it = _model(spec, image_size=(64, 96))
+    assert built_for_it(jnp.zeros((1, 64, 96, 3))).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"drop_path_rate": -0.1}, r"`drop_path_rate` must be in \[0, 1\), got -0.1"),
+        ({"head_dropout": 1.0}, r"`head_dropout` must be in \[0, 1\), got 1.0"),
+        ({"num_classes": -1}, "`num_classes` .* at least 0, got -1"),
+        ({"in_channels": 0}, "`in_channels` .* at least 1, got 0"),
+        ({"image_size": 0}, "`image_size` must be a positive whole number.*got 0"),
+        ({"image_size": (224,)}, r"`image_size` .*got \(224,\)"),
+        ({"image_size": 2}, "large enough"),
+        ({"dtype": jnp.int32}, "`dtype` must be a floating-point type"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _model(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depths": ()}, "`depths` must name at least one stage"),
+        ({"dims": (8,)}, "`dims` must have one entry for each of the 2 stages.*got 1"),
+        ({"token_mixers": (Pooling,)}, "`token_mixers` must have one entry"),
+        ({"res_scale_init": (None,) * 4}, "`res_scale_init` must have one entry.*got 4"),
+        ({"depths": (1, 0)}, r"`depths` must be positive whole numbers, got \(1, 0\)"),
+        ({"dims": (8, 1.5)}, "`dims` must be positive whole numbers"),
+        ({"mlp_ratio": 0}, "`mlp_ratio` must be positive, got 0"),
+    ],
+)
+def test_specs_that_contradict_themselves_are_refused(fields, message):
+    valid = {"depths": (1, 1), "dims": (8, 8), "token_mixers": (Pooling, Pooling)}
+    with pytest.raises(ValueError, match=message):
+        MetaFormerSpec(**{"res_scale_init": (None, None), **valid, **fields})

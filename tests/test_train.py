@@ -1,0 +1,237 @@
+"""A run from a config: what it leaves behind, and that an interrupted one becomes the same."""
+
+import io
+import json
+import shutil
+import struct
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from metaformer_jax.training import recipes, train
+from metaformer_jax.training.checkpoint import Checkpoints
+from metaformer_jax.training.metrics import MetricWriter, read_metrics
+from metaformer_jax.training.step import Engine
+
+
+def _config(**changes):
+    """Two short epochs of the smallest network on the digits; eight devices."""
+    config = recipes.digits()
+    config.update(epochs=2.0, batch_size=128, eval_batch_size=128, log_every_steps=4)
+    config.model.update(family="poolformerv2", depths=(1, 1, 1, 1), dims=(8, 16, 16, 16))
+    config.optimizer.update(warmup_epochs=0.5, learning_rate=1e-2)
+    config.checkpoint.every_epochs = 1.0
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def _train(workdir, config=None, **kwargs):
+    output = io.StringIO()
+    evaluation = train.train(
+        config or _config(), workdir, console=Console(file=output, width=120), **kwargs
+    )
+    return evaluation, output.getvalue()
+
+
+def _restore(workdir, config):
+    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+        return jax.device_get(checkpoints.restore(train.Run(config).engine.abstract_state))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    evaluation, output = _train(workdir)
+    return workdir, evaluation, output
+
+
+def test_it_learns_and_says_so(finished):
+    _, evaluation, output = finished
+    assert evaluation.accuracy > 0.5
+    assert f"accuracy {evaluation.accuracy:.2%}" in output
+    assert "355 for evaluation" in output
+
+
+def test_the_workdir_holds_checkpoints_metrics_events_and_pictures(finished):
+    workdir, evaluation, _ = finished
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [12, 23]
+    assert json.loads((workdir / "config.json").read_text())["model.family"] == "poolformerv2"
+    rows = read_metrics(workdir)
+    train_steps = [row["step"] for row in rows if "train/loss" in row]
+    assert train_steps == [4, 8, 12, 16, 20, 23]
+    assert [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1] == (
+        evaluation.accuracy
+    )
+    for picture in ("curves.png", "misclassified.png"):
+        with Image.open(workdir / picture) as image:
+            assert image.width > 300
+            assert image.convert("L").getextrema()[0] < 128
+
+
+def test_tensorboard_gets_what_the_metrics_file_gets(finished):
+    workdir, _, _ = finished
+    (path,) = (workdir / "tensorboard").iterdir()
+    data, events = path.read_bytes(), {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        for value in event.summary.value:
+            events[event.step, value.tag] = value.simple_value
+        data = data[12 + length + 4 :]
+    rows = {
+        (row["step"], tag): value
+        for row in read_metrics(workdir)
+        for tag, value in row.items()
+        if tag != "step"
+    }
+    assert events.keys() == rows.keys()
+    for key, value in rows.items():
+        assert events[key] == np.float32(value)
+
+
+def test_running_it_again_says_that_it_is_finished(finished):
+    workdir, evaluation, _ = finished
+    rows = read_metrics(workdir)
+    again, output = _train(workdir)
+    assert "finished: 23 steps are done" in output
+    assert "compiling the training step" not in output
+    assert again.accuracy == evaluation.accuracy
+    assert read_metrics(workdir) == rows
+
+
+def test_evaluating_gives_the_accuracy_of_the_training(finished):
+    workdir, evaluation, _ = finished
+    again = train.evaluate(_config(), workdir, console=Console(file=io.StringIO()))
+    assert (again.accuracy, again.loss) == (evaluation.accuracy, evaluation.loss)
+
+
+def test_a_run_that_died_ends_bit_for_bit_as_one_that_did_not(finished, tmp_path, monkeypatch):
+    class PowerCutError(Exception):
+        pass
+
+    steps_left = iter(range(15))
+    init = Engine.__init__
+
+    def dies_after_fifteen_steps(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        step = self.train_step
+
+        def train_step(*inputs):
+            if next(steps_left, None) is None:
+                raise PowerCutError
+            return step(*inputs)
+
+        self.train_step = train_step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "__init__", dies_after_fifteen_steps)
+        with pytest.raises(PowerCutError):
+            _train(tmp_path)
+    _, output = _train(tmp_path)
+    assert "continuing after step 12" in output
+    workdir, _, _ = finished
+    assert read_metrics(tmp_path) == read_metrics(workdir)
+    jax.tree.map(
+        np.testing.assert_array_equal, _restore(tmp_path, _config()), _restore(workdir, _config())
+    )
+
+
+def test_a_checkpoint_is_read_on_another_mesh(finished):
+    workdir, _, _ = finished
+    split = _restore(workdir, _config(**{"mesh.fsdp": 4}))
+    whole = _restore(workdir, _config())
+    jax.tree.map(np.testing.assert_array_equal, split, whole)
+
+
+def test_another_config_is_refused_with_the_difference(finished):
+    workdir, _, _ = finished
+    with pytest.raises(ValueError, match=r"optimizer.weight_decay: 0.05 -> 0.1") as error:
+        _train(workdir, _config(**{"optimizer.weight_decay": 0.1}))
+    assert "epochs" not in str(error.value)
+
+
+def test_another_config_is_accepted_on_request(finished, tmp_path):
+    workdir, _, _ = finished
+    copied = tmp_path / "copied"
+    shutil.copytree(workdir, copied)
+    _, output = _train(copied, _config(epochs=2.2), accept_config_changes=True)
+    assert "continuing after step 23" in output
+    assert [row["step"] for row in read_metrics(copied) if "train/loss" in row][-3:] == [23, 24, 25]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
+    config = _config(**{"optimizer.learning_rate": 1e30, "optimizer.warmup_epochs": 0.0})
+    with pytest.raises(FloatingPointError, match=r"loss of step \d+ is (nan|inf)"):
+        _train(tmp_path, config)
+    assert not read_metrics(tmp_path)
+
+
+def test_evaluating_without_a_checkpoint_leaves_nothing_behind(tmp_path):
+    workdir = tmp_path / "new"
+    with pytest.raises(ValueError, match="must hold a checkpoint"):
+        train.evaluate(_config(), workdir)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 2000}, r"`config.batch_size` must be at most the 1,442.*got 2000"),
+        ({"batch_size": 100}, r"divide by the 8 devices, got 100. Use 104"),
+        ({"batch_size": 0}, r"`config.batch_size` must be positive, got 0"),
+        ({"seed": -1}, r"`config.seed` must not be negative, got -1"),
+        ({"label_smoothing": 1.0}, r"`config.label_smoothing` must be in \[0, 1\), got 1.0"),
+        ({"optimizer.warmup_epochs": 2.0}, r"warmup_epochs` must be less than the 2 epochs"),
+        ({"model.family": "cafomer"}, r"`config.model.family` must be one of.*got 'cafomer'"),
+        ({"model.name": "caformer_s18"}, r"One of `config.model.name` and `config.model.family`"),
+        ({"model.depths": (1, 1)}, r"`dims` must have one entry for each of the 2 stages"),
+        ({"model.drop_path_rate": -0.5}, r"`drop_path_rate` must be in \[0, 1\), got -0.5"),
+        ({"model.dtype": "float16"}, r"`config.model.dtype` .*got 'float16'"),
+        ({"data.name": "imagenet"}, r"`data.name` must be 'digits', got 'imagenet'"),
+        ({"data.mean": (0.5,) * 3}, r"`config.data.mean` must have one value for each of the 1"),
+        ({"data.std": (0.0,)}, r"`config.data.std` must be positive"),
+        ({"mesh.data": 3}, r"the 8 devices present, got 3 x 1"),
+        ({"checkpoint.keep": 0}, r"`config.checkpoint.keep` must be positive, got 0"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_anything_is_made(changes, message, tmp_path):
+    workdir = tmp_path / "new"
+    with pytest.raises(ValueError, match=message):
+        train.train(_config(**changes), workdir)
+    assert not workdir.exists()
+
+
+def test_fields_that_no_run_reads_or_that_are_missing_are_refused(tmp_path):
+    config = _config().unlock()
+    config.optimizer.lerning_rate = 1.0
+    with pytest.raises(ValueError, match=r"`config.optimizer.lerning_rate`.*Did you mean opt"):
+        train.train(config, tmp_path)
+    config = _config().unlock()
+    del config.batch_size
+    with pytest.raises(ValueError, match=r"`config.batch_size` is missing"):
+        train.train(config, tmp_path)
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`workdir` must be a folder that can be written to"):
+        train.train(_config(), tmp_path / "file" / "run")
+
+
+def test_resumed_metrics_have_no_step_twice_and_lose_a_torn_line(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    with MetricWriter(tmp_path, start_step=2) as writer:
+        writer.write(3, {"loss": 30.0})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": 30.0},
+    ]
