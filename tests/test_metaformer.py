@@ -17,8 +17,12 @@ from metaformer_jax.models import (
     SepConv,
 )
 
+# Kernels of 3x3 compile in a fraction of the time of 7x7.
 SPEC = MetaFormerSpec(
-    depths=(2, 2), dims=(8, 16), token_mixers=(Pooling, SepConv), res_scale_init=(None, 1.0)
+    depths=(2, 2),
+    dims=(8, 16),
+    token_mixers=(Pooling, functools.partial(SepConv, kernel_size=3)),
+    res_scale_init=(None, 1.0),
 )
 
 

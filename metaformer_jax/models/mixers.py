@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.depthwise import depthwise_conv2d
-from metaformer_jax.models.layers import KERNEL_INIT, Frozen, StarReLU, linear
+from metaformer_jax.models.layers import Frozen, StarReLU, kernel_init, linear
 
 
 class TokenMixerFn(Protocol):
@@ -131,7 +131,7 @@ class DepthwiseConv(nnx.Module):
 
     def __init__(self, dim: int, *, kernel_size: int, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.kernel = nnx.Param(KERNEL_INIT(rngs.params(), (kernel_size, kernel_size, dim)))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (kernel_size, kernel_size, dim)))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         kernel = jnp.asarray(self.kernel[...], self.dtype)

@@ -69,7 +69,7 @@ def base_config() -> ml_collections.ConfigDict:
 def digits() -> ml_collections.ConfigDict:
     """A small CAFormer on the handwritten digits that come with the package."""
     config = base_config()
-    config.epochs = 20.0
+    config.epochs = 15.0
     config.batch_size = 64
     config.eval_batch_size = 128
     config.log_every_steps = 10
