@@ -63,7 +63,6 @@ def group(name):
     ("name", "layout", "suffix"),
     [
         pytest.param("caformer_s18", "timm", ".safetensors", marks=group("caformer")),
-        pytest.param("convformer_s18", "sail", ".pth", marks=group("convformer")),
         pytest.param("poolformerv2_s12", "timm", ".pth", marks=group("poolformerv2")),
         pytest.param("randformer_s12", "sail", ".pth", marks=group("randformer")),
         pytest.param("identityformer_s12", "sail", ".safetensors", marks=group("identityformer")),

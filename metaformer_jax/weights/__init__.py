@@ -3,7 +3,7 @@
 from metaformer_jax.weights.converted import Record, read_record
 from metaformer_jax.weights.errors import CheckpointError, DownloadError
 from metaformer_jax.weights.pretrained import create_model, load_weights
-from metaformer_jax.weights.recognise import CheckpointInfo, recognise
+from metaformer_jax.weights.recognition import CheckpointInfo, recognise
 from metaformer_jax.weights.surgery import (
     change_in_channels,
     map_head_to_imagenet_1k,

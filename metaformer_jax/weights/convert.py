@@ -11,7 +11,7 @@ from flax import nnx
 from metaformer_jax.models import Frozen, MetaFormer, list_models, model_info
 from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.layouts import Path, Transform, key_table
-from metaformer_jax.weights.recognise import (
+from metaformer_jax.weights.recognition import (
     TIMM_FAMILIES,
     CheckpointInfo,
     published_architecture,
@@ -51,8 +51,7 @@ def to_variables(tensors: dict[str, np.ndarray], model: MetaFormer) -> Variables
 
     def convert(path: Path) -> np.ndarray:
         key, transform = table[path]
-        array = transform.from_torch(tensors.pop(key))
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return _contiguous(transform.from_torch(tensors.pop(key)))
 
     # Two threads, for transposing waits for memory.
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as executor:
@@ -84,6 +83,16 @@ def check_layout_has(layout: str, name: str) -> None:
             f"`layout` must be sail or flax for {name}, got 'timm'. timm has no model of the "
             f"{family} family."
         )
+
+
+def _contiguous(array: np.ndarray) -> np.ndarray:
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array, dtype=np.float32)
+    # A transposed matrix in strips of whole cache lines: twice as fast as in one go.
+    copy = np.empty(array.shape, np.float32)
+    for start in range(0, array.shape[1], 16):
+        copy[:, start : start + 16] = array[:, start : start + 16]
+    return copy
 
 
 def _check_architecture(info: CheckpointInfo, model: MetaFormer) -> None:

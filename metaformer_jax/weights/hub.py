@@ -9,7 +9,7 @@ from typing import Any
 from metaformer_jax.models import model_info
 from metaformer_jax.weights.errors import DownloadError
 from metaformer_jax.weights.files import import_torch, sha256
-from metaformer_jax.weights.recognise import TIMM_FAMILIES
+from metaformer_jax.weights.recognition import TIMM_FAMILIES
 
 # What timm calls the published tags.
 _TIMM_TAGS = {
@@ -87,11 +87,10 @@ def converted_file(name: str) -> pathlib.Path:
         source = sail_source(name)
     file, digest = download(source, name=name)
     model, variables, checkpoint = pretrained.read_and_build(file, name)
-    fields = {**checkpoint.source, "source_file": f"{source.repo_id}/{source.filename}"}
+    fields = checkpoint.source | {"source_sha256": digest}
+    fields["source_file"] = f"{source.repo_id}/{source.filename}"
     try:
-        write.write_variables(
-            variables, cached, name=name, model=model, source_sha256=digest, **fields
-        )
+        write.write_variables(variables, cached, name=name, model=model, **fields)
     except FileExistsError:
         # Another process was faster.
         if not cached.is_file():

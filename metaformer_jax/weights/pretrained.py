@@ -1,6 +1,5 @@
 """Models with weights: by published name, from a converted folder, from a checkpoint file."""
 
-import concurrent.futures
 import os
 from typing import Any
 
@@ -12,7 +11,7 @@ from metaformer_jax import models
 from metaformer_jax.models import MetaFormer
 from metaformer_jax.weights.convert import Variables, to_variables, variables_of
 from metaformer_jax.weights.read import Checkpoint, read_checkpoint
-from metaformer_jax.weights.recognise import recognise
+from metaformer_jax.weights.recognition import recognise
 from metaformer_jax.weights.surgery import change_in_channels, replace_head
 
 PathLike = str | os.PathLike[str]
@@ -136,22 +135,14 @@ def read_and_build(
         CheckpointError: the checkpoint does not fit.
         FileNotFoundError: nothing is at the path.
     """
-    # Waiting for the disk and tracing the model need one core each.
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
-        reading = executor.submit(
-            read_checkpoint, path, name=name, entry=entry, with_hash=with_hash
-        )
-        as_published = num_classes is None and in_channels == 3
-        model = build_abstract(name, **settings) if as_published else None
-        checkpoint = reading.result()
-    if model is None:
-        info = recognise(checkpoint.tensors)
-        model = build_abstract(
-            name,
-            num_classes=num_classes if num_classes is None else info.num_classes,
-            in_channels=in_channels if in_channels == 3 else info.in_channels or in_channels,
-            **settings,
-        )
+    checkpoint = read_checkpoint(path, name=name, entry=entry, with_hash=with_hash)
+    info = recognise(checkpoint.tensors)
+    model = build_abstract(
+        name,
+        num_classes=num_classes if num_classes is None else info.num_classes,
+        in_channels=in_channels if in_channels == 3 else info.in_channels or in_channels,
+        **settings,
+    )
     return model, to_variables(checkpoint.tensors, model), checkpoint
 
 

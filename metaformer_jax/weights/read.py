@@ -1,5 +1,6 @@
 """Reading weights wherever they stand: a converted folder, a `.safetensors` or a `.pth` file."""
 
+import concurrent.futures
 import dataclasses
 import os
 import pathlib
@@ -11,8 +12,8 @@ import numpy as np
 from metaformer_jax.models import model_info
 from metaformer_jax.weights import converted
 from metaformer_jax.weights.errors import CheckpointError
-from metaformer_jax.weights.files import read_tensors, sha256
-from metaformer_jax.weights.recognise import recognise
+from metaformer_jax.weights.files import check_is_file, read_tensors, sha256
+from metaformer_jax.weights.recognition import recognise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +54,13 @@ def read_checkpoint(
         tensors, record = converted.read_folder(path)
         called = record.model
     else:
-        tensors, entry = read_tensors(path, entry=entry)
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
+            hashing = executor.submit(sha256, check_is_file(path)) if with_hash else None
+            tensors, entry = read_tensors(path, entry=entry)
+            digest = hashing.result() if hashing else None
         called = path.name
-        source = {"source_file": path.name, "source_entry": entry}
+        source = {"source_file": path.name, "source_sha256": digest, "source_entry": entry}
         source["source_layout"] = recognise(tensors).layout
-        if with_hash:
-            source["source_sha256"] = sha256(path)
     if name is not None:
         _check_called(called, name, tensors)
     return Checkpoint(tensors, record, source)

@@ -8,7 +8,7 @@ import numpy as np
 
 from metaformer_jax.models import MetaFormer, model_info
 from metaformer_jax.weights.files import import_torch, read_tensors
-from metaformer_jax.weights.recognise import TIMM_FAMILIES, recognise
+from metaformer_jax.weights.recognition import TIMM_FAMILIES, recognise
 
 TOLERANCE = 1e-4
 
