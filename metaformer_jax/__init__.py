@@ -4,11 +4,11 @@ from metaformer_jax.models import (
     MetaFormer,
     MetaFormerSpec,
     ModelInfo,
-    create_model,
     list_models,
     model_info,
     model_spec,
 )
+from metaformer_jax.weights import create_model, load_weights, save_weights
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,8 @@ __all__ = [
     "ModelInfo",
     "create_model",
     "list_models",
+    "load_weights",
     "model_info",
     "model_spec",
+    "save_weights",
 ]

@@ -26,6 +26,25 @@ def checkpoint_table() -> dict[str, Any]:
         return json.load(file)
 
 
+def timm_table() -> dict[str, Any]:
+    """timm's hub ids; per architecture each of its keys -> [shape, the sail key that it holds]."""
+    with gzip.open(DATA / "timm_checkpoints.json.gz") as file:
+        return json.load(file)
+
+
+def state_dict(architecture: str, layout: str = "sail") -> dict[str, np.ndarray]:
+    """The reference weights as a checkpoint of the sail or the timm layout holds them."""
+    if layout == "timm":
+        entries = timm_table()["architectures"][architecture]
+        sail_shapes = checkpoint_table()["architectures"][architecture]
+        return {
+            key: weight(sail_key, tuple(sail_shapes[sail_key])).reshape(shape)
+            for key, (shape, sail_key) in entries.items()
+        }
+    shapes = checkpoint_table()["architectures"][architecture]
+    return {key: weight(key, tuple(shape)) for key, shape in shapes.items()}
+
+
 def weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """The reference value of a checkpoint's tensor, in PyTorch's axis order."""
     noise = np.random.default_rng([zlib.crc32(key.encode()), 0]).standard_normal(shape)

@@ -1,0 +1,250 @@
+"""Converted weights: a folder with an Orbax checkpoint and a small JSON, or one portable file."""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from metaformer_jax.models import MetaFormer
+from metaformer_jax.weights.convert import Variables, variables_of
+from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.files import read_metadata, write_tensors
+from metaformer_jax.weights.layouts import dotted
+from metaformer_jax.weights.outputs import RECORD_NAME, whole_output
+
+FORMAT = 1
+_VARIABLES_NAME = "variables"
+_METADATA_KEY = "metaformer_jax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """Where converted weights come from, kept beside them as JSON.
+
+    Attributes:
+        model: the published name that they belong to.
+        num_classes: classes of the head.
+        in_channels: channels of the images.
+        image_size: height and width in pixels.
+        params: trainable parameters.
+        frozen_params: frozen ones.
+        source_file: the checkpoint's file name; None for weights that were trained here.
+        source_sha256: its SHA-256.
+        source_layout: its layout.
+        source_entry: the entry of a training checkpoint that was taken.
+        date: when they were converted, in UTC.
+        variables_bytes: size of the folder's Orbax checkpoint, by which an incomplete copy shows.
+        format: version of the folder.
+    """
+
+    model: str
+    num_classes: int
+    in_channels: int
+    image_size: tuple[int, int]
+    params: int
+    frozen_params: int
+    source_file: str | None = None
+    source_sha256: str | None = None
+    source_layout: str | None = None
+    source_entry: str | None = None
+    date: str
+    variables_bytes: int | None = None
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The record as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def make_record(name: str, model: MetaFormer, **source: Any) -> Record:
+    """The record of a model's weights as of now.
+
+    Args:
+        name: the published name.
+        model: gives sizes and counts; it may be abstract.
+        **source: the fields of `Record` that tell where they come from.
+    """
+    sizes = {True: 0, False: 0}
+    for path, variable in variables_of(model).items():
+        sizes[path[-1] == "random_matrix"] += math.prod(variable.shape)
+    return Record(
+        model=name,
+        num_classes=model.num_classes,
+        in_channels=model.in_channels,
+        image_size=model.image_size,
+        params=sizes[False],
+        frozen_params=sizes[True],
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **source,
+    )
+
+
+def write_folder(
+    path: str | os.PathLike[str], variables: Variables, record: Record, *, force: bool = False
+) -> Record:
+    """Writes the folder, whole or not at all, and gives the record that stands in it.
+
+    Raises:
+        FileExistsError: something is there, and it is no earlier output or `force` is not given.
+        ValueError: this is not the first process of a distributed program.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    if jax.process_index():
+        raise ValueError(
+            "A folder must be written by process 0, by which alone Orbax writes, got process "
+            f"{jax.process_index()}. Write a .safetensors file, or let process 0 write."
+        )
+    with whole_output(path, force=force, is_folder=True) as partial:
+        with ocp.Checkpointer(_orbax_handler(), **_alone()) as checkpointer:
+            checkpointer.save(
+                partial / _VARIABLES_NAME, args=ocp.args.PyTreeSave(_nested(variables))
+            )
+        size = _size_of(partial / _VARIABLES_NAME)
+        record = dataclasses.replace(record, variables_bytes=size)
+        (partial / RECORD_NAME).write_text(record.to_json())
+    return record
+
+
+def write_portable_file(
+    path: str | os.PathLike[str], variables: Variables, record: Record, *, force: bool = False
+) -> None:
+    """Writes one `.safetensors` file with this project's names and axes and the record.
+
+    Raises:
+        FileExistsError: something is there, and it is no file or `force` is not given.
+    """
+    tensors = {dotted(path): array for path, array in variables.items()}
+    with whole_output(path, force=force, is_folder=False) as partial:
+        write_tensors(partial, tensors, {_METADATA_KEY: record.to_json()})
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a complete folder of converted weights is there."""
+    return (pathlib.Path(path) / RECORD_NAME).is_file()
+
+
+def read_record(path: str | os.PathLike[str]) -> Record:
+    """The JSON of a folder, or in the header of a portable file.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of a later version.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.is_file():
+            text = read_metadata(path).get(_METADATA_KEY)
+        else:
+            text = (path / RECORD_NAME).read_text() if is_folder(path) else None
+        if text is None:
+            raise CheckpointError(
+                f"`path` must be converted weights, got {path}, which has no {RECORD_NAME}. "
+                "tools/convert_torch_weights.py makes them."
+            )
+        fields = json.loads(text)
+        if fields["format"] != FORMAT:
+            raise CheckpointError(
+                f"The {RECORD_NAME} of {path} must be of format {FORMAT}, got "
+                f"{fields['format']!r}. Update metaformer_jax, or convert the weights again."
+            )
+        return Record(**{**fields, "image_size": tuple(fields["image_size"])})
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"The {RECORD_NAME} of {path} must be as the conversion wrote it, got {error!r}. "
+            "Convert the weights again."
+        ) from error
+
+
+def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Record]:
+    """The tensors of a folder in the flax layout, and its record.
+
+    Raises:
+        CheckpointError: it is incomplete or damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    record = read_record(path)
+    folder = pathlib.Path(path).absolute() / _VARIABLES_NAME
+    if (size := _size_of(folder)) != record.variables_bytes:
+        raise CheckpointError(
+            f"{folder} must have the {record.variables_bytes} bytes of its {RECORD_NAME}, got "
+            f"{size}. It was copied in part or changed: copy or convert the weights again."
+        )
+    try:
+        with ocp.Checkpointer(_orbax_handler(), **_alone()) as checkpointer:
+            nested = checkpointer.restore(folder, args=ocp.args.PyTreeRestore())
+    # Damage shows in any layer below: Orbax, TensorStore, JSON.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(
+            f"{folder} must be a whole Orbax checkpoint, got: {reason} Convert the weights again."
+        ) from error
+    tensors = dict(_flat(nested))
+    if (count := sum(tensor.size for tensor in tensors.values())) != (
+        expected := record.params + record.frozen_params
+    ):
+        raise CheckpointError(
+            f"{folder} must hold the {expected} values of its {RECORD_NAME}, got {count}. Convert "
+            "the weights again."
+        )
+    return tensors, record
+
+
+def _size_of(folder: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _orbax_handler() -> Any:
+    import jax
+    import orbax.checkpoint as ocp
+
+    # Nobody else holds the arrays while they are written: copying them first would double the
+    # memory. Trained weights hardly compress, and trying takes three times as long.
+    numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, numpy_handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+        ),
+        multiprocessing_options=_alone()["multiprocessing_options"],
+    )
+
+
+def _alone() -> dict[str, Any]:
+    import jax
+    import orbax.checkpoint as ocp
+
+    # Each process of a pod acts for itself; none waits for the others.
+    index = jax.process_index()
+    return {
+        "multiprocessing_options": ocp.options.MultiprocessingOptions(
+            primary_host=index,
+            active_processes={index},
+            barrier_sync_key_prefix=f"metaformer_weights_{index}",
+        )
+    }
+
+
+def _nested(variables: Variables) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in variables.items():
+        *parents, name = map(str, path)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = array
+    return tree
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Any:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

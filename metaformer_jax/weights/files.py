@@ -1,0 +1,228 @@
+"""Reading and writing checkpoint files: PyTorch's `.pth`, without running it, and safetensors."""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import pathlib
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from metaformer_jax.weights.errors import CheckpointError
+
+SAFETENSORS = ".safetensors"
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+# Under which training scripts keep the weights. The first that is there counts: where a script
+# keeps an average of the weights as well, that average is what it evaluates.
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What wrappers put before every key: DataParallel, torch.compile.
+_PREFIXES = ("module.", "_orig_mod.")
+# Some 150 bytes describe a tensor, and the largest model has 900 of them.
+_MAX_HEADER_BYTES = 16 << 20
+
+
+def check_is_file(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path, if a file is there.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: something else, or an empty file.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"`path` must be an existing checkpoint, got {path}.")
+    if not path.is_file():
+        raise CheckpointError(f"`path` must be a file, got {path}, which is something else.")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"`path` must be a checkpoint, got {path}, which is empty.")
+    return path
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    # In large pieces: beside another thread, the interpreter is waited for after each.
+    buffer = memoryview(bytearray(16 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
+
+
+def read_tensors(
+    path: str | os.PathLike[str], *, entry: str | None = None
+) -> tuple[dict[str, np.ndarray], str | None]:
+    """The tensors of a file by key, and the entry of a training checkpoint that they stood under.
+
+    Args:
+        path: `.safetensors`, or a file that `torch.save` wrote.
+        entry: which entry of a training checkpoint to take, by default the first of `ENTRIES`
+            that it has.
+
+    Raises:
+        CheckpointError: the file is damaged, no checkpoint, or asks to run code.
+        FileNotFoundError: it does not exist.
+        ImportError: a PyTorch file, and torch is not installed.
+    """
+    path = check_is_file(path)
+    if path.suffix == SAFETENSORS:
+        if entry is not None:
+            raise CheckpointError(
+                f"`entry` must be left out for a safetensors file, got {entry!r}."
+            )
+        with _open_safetensors(path) as file:
+            tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+    else:
+        content = _load_torch(path)
+        state_dict, entry = _unwrap(content, entry, path)
+        tensors = {str(key): _to_numpy(key, state_dict[key], path) for key in list(state_dict)}
+    return _without_prefix(tensors), entry
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What the header of a safetensors file says beside the tensors; nothing for other files.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = check_is_file(path)
+    if path.suffix != SAFETENSORS:
+        return {}
+    with _open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a `.safetensors` or, by any other suffix, a PyTorch file of these tensors.
+
+    Args:
+        path: the file; what is there is replaced.
+        tensors: float32 arrays by key.
+        metadata: kept in a safetensors file's header; a PyTorch file holds the tensors alone.
+    """
+    if pathlib.Path(path).suffix == SAFETENSORS:
+        from safetensors.numpy import save_file
+
+        # The writer takes the memory as it stands, whatever the strides are.
+        contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+        save_file(contiguous, path, metadata=dict(metadata))
+    else:
+        torch = import_torch()
+        torch.save({key: torch.from_numpy(_writable(t)) for key, t in tensors.items()}, path)
+
+
+def import_torch() -> Any:
+    """The torch module.
+
+    Raises:
+        ImportError: torch is not installed; the message says how to get it.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            "PyTorch files need torch, which is not installed: install metaformer-jax[torch]. "
+            "A .safetensors file or a converted folder works without it."
+        ) from error
+    return torch
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: pathlib.Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"`path` must be a whole safetensors file, got {path} of {size} bytes, whose header "
+            f"would take {header_bytes}. It is truncated or of another format: fetch it again."
+        )
+    try:
+        # Reading, not mapping: a mapped file counts as memory until it is closed.
+        with safe_open(path, framework="np", backend="pread") as file:
+            yield file
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"`path` must be a whole safetensors file, got {path}: {error}. Fetch it again."
+        ) from error
+
+
+def _load_torch(path: pathlib.Path) -> Any:
+    torch = import_torch()
+    try:
+        # Training scripts keep their arguments beside the weights; a namespace runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # The loader meets bytes of any kind, and answers with errors of any kind.
+    except Exception as error:
+        message = str(error)
+        if unsafe := re.search(r"GLOBAL (\w\S*)", message):
+            raise CheckpointError(
+                f"`path` must hold tensors and plain values, got {path}, which wants to run "
+                f"{unsafe[1]}. It was not run. If you trust the file's source, save its state "
+                "dict alone: torch.save(model.state_dict(), ...)."
+            ) from error
+        # Not torch's own words on pickles: they advise to load the file without care.
+        is_pickle = isinstance(error, pickle.UnpicklingError)
+        reason = "" if is_pickle else f": {message}".splitlines()[0].rstrip(": ")
+        raise CheckpointError(
+            f"`path` must be a whole file as torch.save writes it, got {path}{reason}. It is "
+            "truncated or no checkpoint: fetch it again."
+        ) from error
+
+
+def _unwrap(
+    content: Any, entry: str | None, path: pathlib.Path
+) -> tuple[Mapping[str, Any], str | None]:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"`path` must hold a state dict, got {path} with a {type(content).__name__}."
+        )
+    if entry is None:
+        entry = next((e for e in ENTRIES if isinstance(content.get(e), Mapping)), None)
+    elif not isinstance(content.get(entry), Mapping):
+        raise CheckpointError(
+            f"`entry` must be a state dict in {path}, got {entry!r}. The file has "
+            f"{', '.join(map(str, list(content)[:10]))}."
+        )
+    return (content if entry is None else content[entry]), entry
+
+
+def _to_numpy(key: str, value: Any, path: pathlib.Path) -> np.ndarray:
+    torch = import_torch()
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(
+            f"`path` must hold a state dict of tensors, got {path} with a {type(value).__name__} "
+            f"under {key!r}. Weights are looked for at the top and under {', '.join(ENTRIES)}."
+        )
+    value = value.detach()
+    try:
+        if value.dtype == torch.bfloat16:
+            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return value.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"`path` must hold dense floating-point tensors, got {path} with {value.dtype}, "
+            f"{value.layout} under {key!r}."
+        ) from error
+
+
+def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for prefix in _PREFIXES * 2:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def _writable(array: np.ndarray) -> np.ndarray:
+    # torch warns of memory that it must not write to, such as a JAX array's.
+    return array if array.flags.writeable and array.flags.c_contiguous else array.copy()

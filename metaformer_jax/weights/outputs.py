@@ -1,0 +1,79 @@
+"""Outputs that are there whole or not at all, and that never replace what is not theirs."""
+
+import contextlib
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Iterator
+
+# The file by which a converted folder is known, written last.
+RECORD_NAME = "metaformer.json"
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool, is_folder: bool) -> pathlib.Path:
+    """The absolute path, if it is free or may be replaced.
+
+    Args:
+        path: where something is to be written.
+        force: whether an earlier output there may be replaced. Only an earlier output: a folder
+            of anything else is refused all the same.
+        is_folder: whether the output is a folder or a file.
+
+    Raises:
+        FileExistsError: something is there that must not be replaced.
+    """
+    path = pathlib.Path(path).absolute()
+    path = path.parent.resolve() / path.name
+    if not os.path.lexists(path):
+        return path
+    if path.is_dir() and not path.is_symlink():
+        ours = is_folder and (not any(path.iterdir()) or (path / RECORD_NAME).is_file())
+    else:
+        ours = not is_folder and path.is_file()
+    if not ours:
+        kind = "a folder of converted weights" if is_folder else "a file"
+        raise FileExistsError(
+            f"`output` must be free or {kind} to replace, got {path}, which is something else. "
+            "Choose another place."
+        )
+    if not force:
+        raise FileExistsError(
+            f"`output` must not exist yet, got {path}. Choose another place, or replace it with "
+            "force=True (--force)."
+        )
+    return path
+
+
+@contextlib.contextmanager
+def whole_output(
+    path: str | os.PathLike[str], *, force: bool, is_folder: bool
+) -> Iterator[pathlib.Path]:
+    """A temporary place beside the output, which takes its name once all is written.
+
+    After an error or an interrupt nothing is left; after a killed process a hidden
+    `.<name>.partial-*` is.
+
+    Raises:
+        FileExistsError: see `check_output`.
+    """
+    path = check_output(path, force=force, is_folder=is_folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        if is_folder:
+            partial.mkdir()
+        yield partial
+        check_output(path, force=force, is_folder=is_folder)
+        if is_folder and path.exists():
+            replaced = path.with_name(f".{path.name}.replaced-{secrets.token_hex(4)}")
+            path.rename(replaced)
+            partial.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            partial.replace(path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,182 @@
+"""Models with weights: by published name, from a converted folder, from a checkpoint file."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metaformer_jax import models
+from metaformer_jax.models import MetaFormer
+from metaformer_jax.weights.convert import Variables, to_variables, variables_of
+from metaformer_jax.weights.read import Checkpoint, read_checkpoint
+from metaformer_jax.weights.recognition import recognise
+from metaformer_jax.weights.surgery import change_in_channels, replace_head
+
+PathLike = str | os.PathLike[str]
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: bool | PathLike = False,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    image_size: int | tuple[int, int] | None = None,
+    drop_path_rate: float = 0.0,
+    head_dropout: float = 0.0,
+    dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> MetaFormer:
+    """Builds a published model, with random weights or with trained ones.
+
+    Args:
+        name: one of `list_models()`.
+        pretrained: False for random weights; True for the published ones, downloaded and
+            converted once and then taken from the cache; or a path to a converted folder, a
+            `.safetensors` or a `.pth` file.
+        num_classes: classes of the head, by default as published. With weights, a number other
+            than the checkpoint's is the request for a fresh head: all but the head is loaded, the
+            head is random. 0 gives the pooled feature.
+        in_channels: channels of the images. With weights, a number other than the checkpoint's
+            and other than 3 changes the stem as `weights.change_in_channels` does.
+        image_size: pixels per side, or (height, width), by default as published. Only RandFormer
+            depends on it, and its weights load at their own size only: see
+            `weights.set_image_size`.
+        drop_path_rate: stochastic depth of the last block.
+        head_dropout: dropout in the head.
+        dtype: compute dtype; parameters are float32 always.
+        rngs: randomness of the initial values and of the two rates.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, or weights that do not fit
+            (`weights.CheckpointError`).
+        FileNotFoundError: nothing is at the path.
+        weights.DownloadError: the published weights could not be fetched.
+    """
+    settings: dict[str, Any] = {"image_size": image_size, "drop_path_rate": drop_path_rate}
+    settings |= {"head_dropout": head_dropout, "dtype": dtype}
+    if pretrained is False:
+        return models.create_model(
+            name, num_classes=num_classes, in_channels=in_channels, rngs=rngs, **settings
+        )
+    if pretrained is True:
+        from metaformer_jax.weights import hub
+
+        pretrained = hub.converted_file(name)
+    model, variables, _ = read_and_build(
+        pretrained, name, num_classes=num_classes, in_channels=in_channels, **settings
+    )
+    _seed_dropout(model, rngs)
+    fill(model, variables)
+    if num_classes is not None and num_classes != model.num_classes:
+        replace_head(model, num_classes, head_dropout=head_dropout, rngs=rngs)
+    if in_channels != model.in_channels:
+        change_in_channels(model, in_channels)
+    return model
+
+
+def load_weights(
+    model: MetaFormer,
+    path: PathLike,
+    *,
+    keep_head: bool = False,
+    entry: str | None = None,
+) -> None:
+    """Loads weights into a model in place, each array placed as the one that it replaces.
+
+    Args:
+        model: the model, built eagerly or abstractly (`nnx.eval_shape`).
+        path: a converted folder, a `.safetensors` or a `.pth` file, in any layout.
+        keep_head: keep the model's own head and ignore that of the checkpoint, as fine-tuning
+            for other classes needs it. Without it everything has to fit.
+        entry: which entry of a training checkpoint to take, see `files.read_tensors`.
+
+    Raises:
+        CheckpointError: the weights do not fit; the model is as it was.
+        FileNotFoundError: nothing is at the path.
+    """
+    tensors = read_checkpoint(path, entry=entry).tensors
+    if not keep_head:
+        fill(model, to_variables(tensors, model))
+        return
+    # The head of the checkpoint, whatever its size, has to be whole as well.
+    info = recognise(tensors)
+    twin = nnx.eval_shape(
+        lambda: MetaFormer(
+            model.spec,
+            num_classes=info.num_classes,
+            in_channels=model.in_channels,
+            image_size=model.image_size,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    variables = to_variables(tensors, twin)
+    fill(model, {path: array for path, array in variables.items() if path[0] != "head"})
+
+
+def read_and_build(
+    path: PathLike,
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    entry: str | None = None,
+    with_hash: bool = False,
+    **settings: Any,
+) -> tuple[MetaFormer, Variables, Checkpoint]:
+    """The abstract model that a checkpoint is of, its values, and where they come from.
+
+    A number of classes or channels that is given, and is not the checkpoint's, is left to the
+    caller to change afterwards: the model is built as the checkpoint is.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit.
+        FileNotFoundError: nothing is at the path.
+    """
+    checkpoint = read_checkpoint(path, name=name, entry=entry, with_hash=with_hash)
+    info = recognise(checkpoint.tensors)
+    model = build_abstract(
+        name,
+        num_classes=num_classes if num_classes is None else info.num_classes,
+        in_channels=in_channels if in_channels == 3 else info.in_channels or in_channels,
+        **settings,
+    )
+    return model, to_variables(checkpoint.tensors, model), checkpoint
+
+
+def build_abstract(name: str, **settings: Any) -> MetaFormer:
+    """The model with shapes in place of arrays, which takes a fraction of the time."""
+    return nnx.eval_shape(lambda: models.create_model(name, rngs=nnx.Rngs(0), **settings))
+
+
+def fill(model: MetaFormer, variables: Variables) -> None:
+    """Puts values into a model, each placed as the array that it replaces."""
+    targets = variables_of(model)
+    old = {path: targets[path].get_value() for path in variables}
+    placed = {
+        path: jax.make_array_from_callback(values.shape, old[path].sharding, values.__getitem__)
+        for path, values in variables.items()
+        if isinstance(old[path], jax.Array)
+    }
+    rest = {path: values for path, values in variables.items() if path not in placed}
+    # Nobody writes to the values any more: where the device reads host memory, it may use theirs.
+    placed |= jax.device_put(rest, may_alias=True)
+    for path, array in placed.items():
+        targets[path].set_value(array)
+
+
+def _seed_dropout(model: MetaFormer, rngs: nnx.Rngs) -> None:
+    """Forks the streams that the model would have, had it been built with these `rngs`."""
+    rngs.params()
+    droppers = [
+        dropper
+        for blocks in model.stages
+        for block in blocks
+        for dropper in (block.drop_path1, block.drop_path2)
+    ]
+    droppers.append(getattr(model.head, "dropout", None))
+    for dropper in droppers:
+        if dropper is not None:
+            dropper.rngs = rngs["dropout"].fork()

@@ -1,0 +1,190 @@
+"""Changes to a model with weights, before it is fine-tuned: head, classes, channels, image size."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from metaformer_jax.models import MetaFormer, RandomMixing
+
+NUM_IMAGENET_1K = 1000
+NUM_IMAGENET_21K = 21841
+# "teddy bear" is no class of the 21841; the published fine-tuning starts it at the mean class.
+_WITHOUT_COUNTERPART = 850
+
+
+def replace_head(
+    model: MetaFormer, num_classes: int, *, head_dropout: float | None = None, rngs: nnx.Rngs
+) -> None:
+    """Gives the model a head with random weights for another number of classes, in place.
+
+    The whole head is drawn anew: of an MLP head the hidden layer too.
+
+    Args:
+        model: anything before the head stays as it is.
+        num_classes: classes of the new head; 0 leaves the head out.
+        head_dropout: dropout in the head, by default as the old head has it.
+        rngs: randomness of the initial values and of the dropout.
+
+    Raises:
+        ValueError: `num_classes` is negative.
+    """
+    if num_classes < 0:
+        raise ValueError(f"`num_classes` must be a whole number of at least 0, got {num_classes}.")
+    if head_dropout is None:
+        dropout = getattr(model.head, "dropout", None)
+        head_dropout = 0.0 if dropout is None else dropout.rate
+    model.head = nnx.data(
+        model.spec.head(model.spec.dims[-1], num_classes, dropout=head_dropout, rngs=rngs)
+        if num_classes
+        else None
+    )
+    model.num_classes = num_classes
+
+
+def map_head_to_imagenet_1k(model: MetaFormer, class_map: str | os.PathLike[str]) -> None:
+    """Turns an ImageNet-21K head into one for ImageNet-1K, class by class, in place.
+
+    Row by row the last layer takes over the class of the same meaning; class 850, which has no
+    counterpart, starts at the mean of all 21841. The rest of the head stays as it is.
+
+    Args:
+        model: a model with 21841 classes.
+        class_map: a JSON file with two lists of the same length: `in1k_idx`, classes of
+            ImageNet-1K, and `in21k_idx`, the class of the 21841 that each of them is.
+
+    Raises:
+        ValueError: the model has another head, or the map is not of this form, names a class
+            twice or out of range, or leaves out another class than 850.
+    """
+    if model.num_classes != NUM_IMAGENET_21K:
+        raise ValueError(
+            f"`model` must have the {NUM_IMAGENET_21K} classes of ImageNet-21K, got "
+            f"{model.num_classes}. Load one of list_models('*_in21k')."
+        )
+    target, source = _read_class_map(class_map)
+    head: Any = model.head
+    layer = head.fc2 if hasattr(head, "fc2") else head.fc
+    for variable in (layer.kernel, layer.bias):
+        values = variable[...]
+        mean = jnp.mean(values, axis=-1, keepdims=True)
+        mapped = jnp.repeat(mean, NUM_IMAGENET_1K, axis=-1)
+        variable.set_value(mapped.at[..., target].set(values[..., source]))
+    layer.out_features = NUM_IMAGENET_1K
+    model.num_classes = NUM_IMAGENET_1K
+
+
+def change_in_channels(model: MetaFormer, in_channels: int) -> None:
+    """Makes the stem take another number of channels, in place.
+
+    More channels: those of before come first and keep their filters, the new ones start at zero,
+    so that the model answers as it did, whatever the new channels hold. Fewer: each gets the mean
+    filter, scaled so that the model answers as it did to images whose channels are all alike.
+
+    Raises:
+        ValueError: `in_channels` is below 1.
+    """
+    if in_channels < 1:
+        raise ValueError(f"`in_channels` must be a whole number of at least 1, got {in_channels}.")
+    conv = model.downsample_layers[0].conv
+    kernel = conv.kernel[...]
+    old = kernel.shape[2]
+    if in_channels > old:
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, in_channels - old), (0, 0)))
+    elif in_channels < old:
+        kernel = jnp.repeat(kernel.sum(axis=2, keepdims=True) / in_channels, in_channels, axis=2)
+    conv.kernel.set_value(kernel)
+    conv.in_features = in_channels
+    conv.kernel_shape = kernel.shape
+    model.in_channels = in_channels
+
+
+def set_image_size(
+    model: MetaFormer, image_size: int | tuple[int, int], *, resample: bool = False
+) -> None:
+    """Makes the model one for another image size, in place.
+
+    Models without RandomMixing take any size as they are. RandFormer's matrices belong to one
+    number of tokens; they are refused here, or on request resampled: bilinearly over the
+    positions of both the token that is made and the tokens that it is made of, then scaled so
+    that each row sums to 1 again.
+
+    Args:
+        model: the model.
+        image_size: pixels per side, or (height, width).
+        resample: whether random matrices may be resampled.
+
+    Raises:
+        ValueError: the model has random matrices of another size and `resample` is not given, or
+            the size is too small for the model.
+    """
+    size = (
+        (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    )
+    resolutions = model.spec.stage_resolutions(size)
+    changed = [
+        (block.token_mixer, resolution)
+        for resolution, blocks in zip(resolutions, model.stages, strict=True)
+        for block in blocks
+        if isinstance(block.token_mixer, RandomMixing)
+        and block.token_mixer.resolution != resolution
+    ]
+    if changed and not resample:
+        raise ValueError(
+            f"`image_size` must be {model.image_size}, for which the model's random matrices were "
+            f"drawn, got {size}. Resize the images, or give resample=True to resample the matrices."
+        )
+    for mixer, resolution in changed:
+        matrix = _resample(mixer.random_matrix[...], mixer.resolution, resolution)
+        mixer.random_matrix.set_value(matrix)
+        mixer.resolution = resolution
+    model.image_size = size
+
+
+def _resample(matrix: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
+    resized = jax.image.resize(matrix.reshape(*old, *old), (*new, *new), method="linear")
+    matrix = resized.reshape(new[0] * new[1], new[0] * new[1])
+    return matrix / matrix.sum(axis=-1, keepdims=True)
+
+
+def _read_class_map(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        target, source = (np.asarray(content[key]) for key in ("in1k_idx", "in21k_idx"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "`class_map` must be a JSON file with the lists `in1k_idx` and `in21k_idx`, got "
+            f"{path}: {error!r}."
+        ) from error
+    if target.ndim != 1 or target.shape != source.shape or not target.size:
+        raise ValueError(
+            "`class_map` must hold two lists of numbers of the same length, got shapes "
+            f"{target.shape} for in1k_idx and {source.shape} for in21k_idx."
+        )
+    for key, indices, limit in (
+        ("in1k_idx", target, NUM_IMAGENET_1K),
+        ("in21k_idx", source, NUM_IMAGENET_21K),
+    ):
+        if indices.dtype.kind != "i" or (indices < 0).any() or (indices >= limit).any():
+            raise ValueError(
+                f"`class_map` must hold whole numbers from 0 to {limit - 1} in {key}, got "
+                f"{indices.dtype} from {indices.min()} to {indices.max()}."
+            )
+    names, counts = np.unique(target, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            "`class_map` must name each class once in in1k_idx, got some more often: "
+            f"{names[counts > 1].tolist()}."
+        )
+    absent = set(range(NUM_IMAGENET_1K)) - set(names.tolist()) - {_WITHOUT_COUNTERPART}
+    if absent:
+        raise ValueError(
+            f"`class_map` must name every class but {_WITHOUT_COUNTERPART} in in1k_idx, got none "
+            f"for {sorted(absent)[:10]} ({len(absent)} in all)."
+        )
+    return target, source

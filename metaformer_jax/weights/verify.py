@@ -1,0 +1,69 @@
+"""Does the PyTorch implementation in timm give the same answers with the same file?"""
+
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from metaformer_jax.models import MetaFormer, model_info
+from metaformer_jax.weights.files import import_torch, read_tensors
+from metaformer_jax.weights.recognition import TIMM_FAMILIES, recognise
+
+TOLERANCE = 1e-4
+
+
+def relative_error_to_timm(
+    path: pathlib.Path, model: MetaFormer, *, name: str, entry: str | None = None, batch: int = 2
+) -> float:
+    """Runs both models on random images: `max|a - b| / max|b|` of the logits.
+
+    timm reads the file by itself: this project's tables have no part in it.
+
+    Args:
+        path: the PyTorch checkpoint that `model` has its weights from.
+        model: with weights.
+        name: its published name.
+        entry: the entry of a training checkpoint, if not the first.
+        batch: images to compare.
+
+    Raises:
+        ImportError: timm or torch is not installed.
+        ValueError: timm has no such model.
+    """
+    info = model_info(name)
+    if info.architecture.partition("_")[0] not in TIMM_FAMILIES:
+        raise ValueError(
+            f"`name` must be a model that timm has, to verify it, got {name!r}. timm has the "
+            f"families {', '.join(TIMM_FAMILIES)}."
+        )
+    torch = import_torch()
+    timm, filter_fn = _import_timm()
+    reference = timm.create_model(
+        info.architecture, num_classes=model.num_classes, in_chans=model.in_channels
+    ).eval()
+    tensors, _ = read_tensors(path, entry=entry)
+    layout = recognise(tensors).layout
+    state_dict = {
+        key: torch.from_numpy(np.array(tensor, np.float32)) for key, tensor in tensors.items()
+    }
+    reference.load_state_dict(filter_fn(state_dict, reference) if layout == "sail" else state_dict)
+    shape = (batch, *model.image_size, model.in_channels)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    with torch.no_grad():
+        desired = reference(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    model.eval()
+    actual = np.asarray(model(jnp.asarray(images)))
+    return float(np.max(np.abs(actual - desired)) / np.max(np.abs(desired)))
+
+
+def _import_timm() -> tuple[Any, Any]:
+    try:
+        import timm
+        from timm.models.metaformer import checkpoint_filter_fn
+    except ImportError as error:
+        raise ImportError(
+            f"Verifying needs timm, which cannot be imported ({error}): pip install timm, or "
+            "convert without --verify."
+        ) from error
+    return timm, checkpoint_filter_fn

@@ -1,0 +1,101 @@
+"""Writing weights: a converted folder, one portable file, a PyTorch checkpoint in either layout."""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from metaformer_jax.models import MetaFormer
+from metaformer_jax.weights import converted
+from metaformer_jax.weights.convert import Variables, check_layout_has, to_tensors, variables_of
+from metaformer_jax.weights.files import SAFETENSORS, TORCH_SUFFIXES, write_tensors
+from metaformer_jax.weights.outputs import check_output, whole_output
+
+
+def save_weights(
+    model: MetaFormer,
+    path: str | os.PathLike[str],
+    *,
+    name: str,
+    layout: str | None = None,
+    force: bool = False,
+    **source: Any,
+) -> converted.Record:
+    """Writes a model's weights: a converted folder, or by its suffix a single file.
+
+    Args:
+        model: the model, with all its arrays on this host's devices.
+        path: a folder; `.safetensors`, by default in this project's own layout; or `.pth` and
+            the like, by default in the sail layout, which needs torch.
+        name: the published name that the model was built by.
+        layout: of a file: `"sail"`, `"timm"` or `"flax"`.
+        force: replace an earlier output.
+        **source: the fields of `converted.Record` that tell where the weights come from.
+
+    Returns:
+        What stands in the folder's JSON.
+
+    Raises:
+        FileExistsError: something is there.
+        ValueError: an unknown name, or the layout cannot hold the model.
+    """
+    variables = {key: np.asarray(value[...]) for key, value in variables_of(model).items()}
+    return write_variables(
+        variables, path, name=name, model=model, layout=layout, force=force, **source
+    )
+
+
+def write_variables(
+    variables: Variables,
+    path: str | os.PathLike[str],
+    *,
+    name: str,
+    model: MetaFormer,
+    layout: str | None = None,
+    force: bool = False,
+    **source: Any,
+) -> converted.Record:
+    """`save_weights` of values that stand beside the model, which may be abstract."""
+    layout = check_destination(path, name=name, layout=layout, force=force)
+    record = converted.make_record(name, model, **source)
+    suffix = pathlib.Path(path).suffix
+    if not is_file_name(path):
+        record = converted.write_folder(path, variables, record, force=force)
+    elif suffix == SAFETENSORS and layout == "flax":
+        converted.write_portable_file(path, variables, record, force=force)
+    else:
+        with whole_output(path, force=force, is_folder=False) as partial:
+            write_tensors(partial, to_tensors(variables, layout), {"format": "pt"})
+    return record
+
+
+def check_destination(
+    path: str | os.PathLike[str], *, name: str, layout: str | None, force: bool
+) -> str:
+    """The layout that will be written, if the output is free and can hold the model.
+
+    Raises:
+        FileExistsError: something is there.
+        ValueError: an unknown name, or the layout cannot hold the model.
+    """
+    check_output(path, force=force, is_folder=not is_file_name(path))
+    suffix = pathlib.Path(path).suffix
+    if not is_file_name(path):
+        if layout not in (None, "flax"):
+            raise ValueError(f"`layout` must be left out for a folder, got {layout!r}.")
+        return "flax"
+    if layout is None:
+        layout = "flax" if suffix == SAFETENSORS else "sail"
+    if suffix != SAFETENSORS and layout == "flax":
+        raise ValueError(
+            f"`layout` must be sail or timm for a PyTorch file, got 'flax'. A {SAFETENSORS} file "
+            "can hold this project's own layout."
+        )
+    check_layout_has(layout, name)
+    return layout
+
+
+def is_file_name(path: str | os.PathLike[str]) -> bool:
+    """Whether an output of this name is a file; anything else is a folder."""
+    return pathlib.Path(path).suffix in (SAFETENSORS, *TORCH_SUFFIXES)
