@@ -1,8 +1,25 @@
-"""Set before JAX starts: several devices, so that sharding is really exercised."""
+"""Set before JAX starts: several devices, and one cache of compiled programs for all processes."""
 
 import os
+import shutil
+import tempfile
 
+import pytest
+
+# Sharding is really exercised.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests compile the same small programs again and again, in both workers and in programs that
+# they call. The first process that loads this file makes the folder, the others inherit it.
+_MADE_HERE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if _MADE_HERE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="metaformer-jax-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _MADE_HERE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

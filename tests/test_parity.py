@@ -53,7 +53,7 @@ def test_a_jitted_call_agrees(name):
     assert reference.relative_error(logits, FORWARD[f"{case}/logits"]) <= 1e-4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["randformer_s12", "caformer_s18"])
 def test_bfloat16_stays_close_and_keeps_float32_parameters_and_logits(name):
     case = f"{name}@224"
     _, images = _name_and_images(case)

@@ -38,7 +38,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=lambda metrics: metrics["accuracy"]
+                preservation_policy=policy,
+                best_fn=lambda metrics: metrics["accuracy"],
+                # What a killed run had half written.
+                cleanup_tmp_directories=True,
             ),
         )
 
