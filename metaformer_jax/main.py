@@ -20,13 +20,16 @@ INTERRUPTED = 130
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints, metrics and pictures; a run that is there continues."
+    "workdir",
+    None,
+    "Folder for checkpoints, metrics and pictures; a run that is there continues. Left out with "
+    "--mode=eval, config.model.pretrained is evaluated.",
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
     "accept_config_changes", False, "Continue a run though its config was another."
 )
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -72,17 +75,20 @@ def main(argv: list[str]) -> None:
         _exit_with(f"Arguments must be --flags, got {' '.join(argv[1:])}.", USAGE_ERROR)
     # Flags that are wrong should say so at once, not after the imports of seconds.
     from metaformer_jax.training import train
+    from metaformer_jax.weights import DownloadError
 
     # Orbax and JAX tell every step they take; --verbosity=0 shows it.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    workdir = pathlib.Path(flags.FLAGS.workdir)
+    workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
     try:
         if _MODE.value == "eval":
             train.evaluate(_CONFIG.value, workdir)
+        elif workdir is None:
+            _exit_with("`--workdir` must be given to train.", USAGE_ERROR)
         else:
             train.train(_CONFIG.value, workdir, accept_config_changes=_ACCEPT_CONFIG_CHANGES.value)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, ImportError, DownloadError) as error:
         _exit_with(error, USAGE_ERROR)
     except FloatingPointError as error:
         _exit_with(error, TRAINING_FAILED)

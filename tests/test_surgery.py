@@ -9,7 +9,9 @@ from flax import nnx
 
 from metaformer_jax.models import IdentityMixing, MetaFormer, RandomMixing, layers
 from metaformer_jax.models.metaformer import MetaFormerSpec
-from metaformer_jax.weights.convert import variables_of
+from metaformer_jax.weights import CheckpointError, load_weights
+from metaformer_jax.weights.convert import to_tensors, variables_of
+from metaformer_jax.weights.files import write_tensors
 from metaformer_jax.weights.pretrained import fill
 from metaformer_jax.weights.surgery import (
     change_in_channels,
@@ -192,3 +194,25 @@ def test_models_without_random_matrices_take_any_size_as_they_are():
     assert_same(values(model), before)
     with pytest.raises(ValueError, match="large enough"):
         set_image_size(model, 2)
+
+
+def test_loading_maps_the_head_and_fits_the_channels_on_request(tmp_path):
+    mixers = (IdentityMixing, IdentityMixing)
+    settings = {"mixers": mixers, "head": layers.MlpHead}
+    checkpoint = small(**settings, num_classes=CLASSES_21K)
+    tensors = to_tensors(values(checkpoint), "flax")
+    write_tensors(tmp_path / "in21k.safetensors", tensors, {})
+    model = small(**settings, num_classes=1000, in_channels=1)
+    load_weights(
+        model,
+        tmp_path / "in21k.safetensors",
+        class_map=class_map(tmp_path / "map.json"),
+        fit_channels=True,
+    )
+    map_head_to_imagenet_1k(checkpoint, tmp_path / "map.json")
+    change_in_channels(checkpoint, 1)
+    assert_same(values(model), values(checkpoint))
+    with pytest.raises(ValueError, match=r"`class_map` must be left out where the model keeps"):
+        load_weights(model, "anything", class_map="map.json", keep_head=True)
+    with pytest.raises(CheckpointError, match="images have 3 channels, the model's 1"):
+        load_weights(model, tmp_path / "in21k.safetensors", class_map=tmp_path / "map.json")

@@ -6,16 +6,23 @@ import shutil
 import struct
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from metaformer_jax.data import loader
+from metaformer_jax.data.normalize import normalize
 from metaformer_jax.training import recipes, train
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.metrics import MetricWriter, read_metrics
 from metaformer_jax.training.step import Engine
+from metaformer_jax.weights.convert import variables_of
+from metaformer_jax.weights.pretrained import build_abstract, fill
+from metaformer_jax.weights.write import write_variables
 
 
 def _config(**changes):
@@ -107,6 +114,90 @@ def test_evaluating_gives_the_accuracy_of_the_training(finished):
     workdir, evaluation, _ = finished
     again = train.evaluate(_config(), workdir, console=Console(file=io.StringIO()))
     assert (again.accuracy, again.loss) == (evaluation.accuracy, evaluation.loss)
+
+
+def test_pretrained_weights_are_evaluated_without_a_workdir(finished):
+    workdir, evaluation, _ = finished
+    config = _config(**{"model.pretrained": str(workdir)})
+    again = train.evaluate(config, console=Console(file=io.StringIO()))
+    assert (again.accuracy, again.loss) == (evaluation.accuracy, evaluation.loss)
+
+
+def test_a_converted_folder_is_evaluated_as_its_model_answers(tmp_path):
+    name = "identityformer_s12"
+    settings = {"num_classes": 10, "in_channels": 1, "image_size": 32}
+    model = build_abstract(name, **settings)
+    noise = np.random.default_rng(0)
+    variables = {
+        path: 0.05 * noise.standard_normal(variable.shape, np.float32)
+        for path, variable in variables_of(model).items()
+    }
+    write_variables(variables, tmp_path / "converted", name=name, model=model)
+    fill(model, variables)
+    config = recipes.digits()
+    config.eval_batch_size = 360
+    config.model.update(family="", name=name, pretrained=str(tmp_path / "converted"))
+    evaluation = train.evaluate(config, console=Console(file=io.StringIO()))
+    (batch,) = loader.evaluation_batches(
+        train.Run(config).eval_source, lambda example: example, batch_size=355
+    )
+    model.eval()
+    images = normalize(batch["image"], mean=config.data.mean, std=config.data.std)
+    logits = nnx.jit(lambda model, images: model(images))(model, images)
+    log_probabilities = jax.nn.log_softmax(logits)
+    loss = -jnp.mean(log_probabilities[np.arange(355), batch["label"]])
+    assert evaluation.loss == pytest.approx(float(loss), rel=1e-5)
+    np.testing.assert_array_equal(evaluation.predictions, logits.argmax(-1))
+
+
+def test_fine_tuning_starts_from_the_weights_and_a_fresh_head(finished):
+    workdir, _, _ = finished
+    trained = _restore(workdir, _config())
+    run = train.Run(_config(**{"model.pretrained": str(workdir), "model.fresh_head": True}))
+    initial = run.engine.initial_state()
+    state = run.engine.with_weights(initial, run.pretrained_variables())
+    for part in initial.params:
+        same_as = initial.params if part == "head" else trained.params
+        jax.tree.map(np.testing.assert_array_equal, state.params[part], same_as[part])
+    places = jax.tree.map(lambda array: array.sharding, state.params)
+    assert places == jax.tree.map(lambda array: array.sharding, initial.params)
+
+
+def test_fine_tuning_goes_on_from_where_the_training_ended(finished, tmp_path):
+    workdir, evaluation, _ = finished
+    config = _config(epochs=0.3, **{"model.pretrained": str(workdir)})
+    config.optimizer.update(learning_rate=1e-4, warmup_epochs=0.0)
+    tuned, output = _train(tmp_path / "tuned", config)
+    assert f"starting from {workdir}" in output
+    assert tuned.accuracy >= evaluation.accuracy - 0.02
+    # Continued, it does not start from them again: they may be gone.
+    config.model.pretrained = str(tmp_path / "gone")
+    again, output = _train(tmp_path / "tuned", config, accept_config_changes=True)
+    assert "finished" in output
+    assert again.accuracy == tuned.accuracy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.dims": (8, 16, 16, 32)}, "got 1 missing|mis-shaped"),
+        ({"model.pretrained": "nowhere"}, "must be an existing checkpoint, got nowhere"),
+        ({"model.pretrained": "published"}, "must be a path unless config.model.name is set"),
+        ({"model.class_map": "map.json"}, "`class_map` must be left out unless the model has 1000"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_a_workdir_is_made(
+    finished, changes, message, tmp_path
+):
+    config = _config(**{"model.pretrained": str(finished[0]), **changes})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train.train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_evaluating_without_weights_is_refused():
+    with pytest.raises(ValueError, match="Either `workdir` must be given, or"):
+        train.evaluate(_config())
 
 
 def test_a_run_that_died_ends_bit_for_bit_as_one_that_did_not(finished, tmp_path, monkeypatch):

@@ -16,7 +16,15 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from metaformer_jax.models import MetaFormer
-from metaformer_jax.weights import DownloadError, Record, pretrained, read_record, verify, write
+from metaformer_jax.weights import (
+    DownloadError,
+    Record,
+    pretrained,
+    read_record,
+    verify,
+    workdir,
+    write,
+)
 from metaformer_jax.weights.files import ENTRIES
 
 
@@ -30,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=pathlib.Path,
         metavar="INPUT",
         help="a .pth or .safetensors checkpoint, in the sail or timm layout (it shows by itself); "
-        "with --reverse a converted folder or file",
+        "with --reverse a converted folder or file; or the workdir of a training run",
     )
     parser.add_argument(
         "--model", metavar="NAME", help="the published name; a converted folder knows its own"
@@ -80,12 +88,14 @@ def convert(args: argparse.Namespace) -> list[Record]:
     name = args.model
     settings: dict[str, Any] = {"num_classes": args.num_classes, "in_channels": args.in_channels}
     settings["image_size"] = args.image_size
-    if args.input.is_dir() or (name is None and args.input.suffix == ".safetensors"):
+    if workdir.is_workdir(args.input):
+        name = name or workdir.model_name(args.input)
+    elif args.input.is_dir() or (name is None and args.input.suffix == ".safetensors"):
         record = read_record(args.input)
         name = name or record.model
         settings = {key: getattr(record, key) for key in settings}
     if name is None:
-        raise ValueError(f"--model must be given for {args.input.name}: a file does not say it.")
+        raise ValueError(f"--model must be given for {args.input.name}: it does not say it.")
     layout = (args.layout or "sail") if args.reverse else None
     for path in args.output:
         write.check_destination(path, name=name, layout=layout, force=args.force)

@@ -85,6 +85,12 @@ class Checkpoints:
         return self._manager.metrics(step)
 
 
+def has_checkpoint(directory: pathlib.Path) -> bool:
+    """Whether a complete checkpoint is there; looking makes nothing."""
+    # Orbax writes this file last.
+    return any(directory.glob("*/_CHECKPOINT_METADATA"))
+
+
 def _versions() -> dict[str, str]:
     versions = {}
     for package in _PACKAGES:

@@ -29,6 +29,13 @@ def base_config() -> ml_collections.ConfigDict:
     config.model.head_dropout = 0.0
     # "float32" or "bfloat16": the compute dtype; parameters are float32.
     config.model.dtype = "float32"
+    # Weights to start from (and to evaluate without a workdir): "published" for those of this
+    # name, or the path of a converted folder, another run's workdir or a checkpoint file.
+    config.model.pretrained = ""
+    # Whether the head starts anew, as other classes than the checkpoint's need it.
+    config.model.fresh_head = False
+    # The JSON file that maps an ImageNet-21K head to the 1000 classes.
+    config.model.class_map = ""
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits"

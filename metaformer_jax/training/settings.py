@@ -64,6 +64,12 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"`config.{field}` must be numbers, got {given[field]}.")
     if any(value <= 0 for value in given["data.std"]):
         raise ValueError(f"`config.data.std` must be positive, got {given['data.std']}.")
+    for field in ("model.fresh_head", "model.class_map"):
+        if given[field] and not given["model.pretrained"]:
+            raise ValueError(
+                f"`config.{field}` must be left out without config.model.pretrained, got "
+                f"{given[field]!r}."
+            )
     if given["model.dtype"] not in ("float32", "bfloat16"):
         raise ValueError(
             f"`config.model.dtype` must be 'float32' or 'bfloat16', got {given['model.dtype']!r}."

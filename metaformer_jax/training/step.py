@@ -1,11 +1,12 @@
 """The training and evaluation steps: pure functions of state and batch."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from metaformer_jax.training.losses import smoothed_cross_entropy
 Preprocess = Callable[[Array], Array]
 Tree = dict[str, Any]
 Batch = dict[str, Array]
+Path = tuple[Any, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -96,6 +98,30 @@ class Engine:
             params=params,
             frozen=nnx.to_pure_dict(nnx.state(model, Frozen)),
             opt_state=self._optimizer.init(params),
+        )
+
+    def with_weights(self, state: TrainState, variables: Mapping[Path, np.ndarray]) -> TrainState:
+        """A state in which these parameters and frozen variables have other values.
+
+        Args:
+            state: keeps what `variables` leaves out.
+            variables: values by path, as `weights.fitted_variables` gives them.
+        """
+
+        def replaced(tree: Tree, places: Tree) -> Tree:
+            flat, flat_places = map(nnx.traversals.flatten_mapping, (tree, places))
+            new = {
+                path: jax.make_array_from_callback(
+                    variables[path].shape, flat_places[path], variables[path].__getitem__
+                )
+                for path in flat.keys() & variables.keys()
+            }
+            return nnx.traversals.unflatten_mapping({**flat, **new})
+
+        return dataclasses.replace(
+            state,
+            params=replaced(state.params, self.state_shardings.params),
+            frozen=replaced(state.frozen, self.state_shardings.frozen),
         )
 
     def _logits(

@@ -19,10 +19,13 @@ from metaformer_jax.data import loader, transforms
 from metaformer_jax.data.normalize import normalize
 from metaformer_jax.data.sources import Example, open_source
 from metaformer_jax.training import optim, pictures, settings, sharding
-from metaformer_jax.training.checkpoint import Checkpoints
+from metaformer_jax.training.checkpoint import Checkpoints, has_checkpoint
 from metaformer_jax.training.metrics import MetricWriter, read_metrics
 from metaformer_jax.training.progress import TrainingProgress
 from metaformer_jax.training.step import Engine, TrainState
+from metaformer_jax.weights import hub
+from metaformer_jax.weights.convert import Variables
+from metaformer_jax.weights.pretrained import fitted_variables
 
 # Most of what a picture of misclassified images can show at a readable size.
 _MAX_PICTURED = 48
@@ -107,6 +110,34 @@ class Run:
         """Whether something done every so many epochs is done after this step."""
         every_steps = every_epochs * self.steps_per_epoch
         return step // every_steps > (step - 1) // every_steps or step == self.total_steps
+
+    def pretrained_variables(self) -> Variables:
+        """The values that the training starts from, by path; none without pretrained weights.
+
+        Raises:
+            ValueError: the weights do not fit.
+            FileNotFoundError: there are none at the path.
+            weights.DownloadError: the published ones could not be fetched.
+        """
+        config = self.config.model
+        if not config.pretrained:
+            return {}
+        path = config.pretrained
+        if path == "published":
+            if not config.name:
+                raise ValueError(
+                    "`config.model.pretrained` must be a path unless config.model.name is set, "
+                    f"got {path!r}."
+                )
+            path = hub.converted_file(config.name)
+        return fitted_variables(
+            self.engine.model,
+            path,
+            name=config.name or None,
+            keep_head=config.fresh_head,
+            class_map=config.class_map or None,
+            fit_channels=True,
+        )
 
     def training_batches(self, start_step: int) -> Iterator[Any]:
         """Batches on the devices, from a step on."""
@@ -194,18 +225,24 @@ def train(
     and `misclassified.png`.
 
     Raises:
-        ValueError: the config is wrong, or the workdir belongs to another one.
+        ValueError: the config is wrong, the workdir belongs to another one, or the pretrained
+            weights do not fit.
+        FileNotFoundError: there are no pretrained weights at the path.
         FloatingPointError: the loss became infinite or not a number.
     """
     console = console or Console()
     run = Run(config)
+    # What does not fit shows before a workdir is made.
+    variables = {} if has_checkpoint(workdir / "checkpoints") else run.pretrained_variables()
     settings.claim_workdir(workdir, config, accept_changes=accept_config_changes)
     engine = run.engine
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         start_step = checkpoints.latest_step() or 0
         _describe(run, workdir, start_step, console)
-        resumed = checkpoints.restore(engine.abstract_state) if start_step else None
-        state = resumed or engine.initial_state()
+        if start_step:
+            state = checkpoints.restore(engine.abstract_state)
+        else:
+            state = engine.with_weights(engine.initial_state(), variables)
         if start_step < run.total_steps:
             state, evaluation = _train_loop(run, state, start_step, workdir, checkpoints, console)
         else:
@@ -215,30 +252,46 @@ def train(
 
 
 def evaluate(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, console: Console | None = None
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path | None = None,
+    *,
+    console: Console | None = None,
 ) -> Evaluation:
-    """Evaluates the newest checkpoint of a run.
+    """Evaluates the newest checkpoint of a run, or without a workdir the pretrained weights.
 
     Raises:
-        ValueError: the config is wrong, or the workdir holds no checkpoint.
+        ValueError: the config is wrong, the workdir holds no checkpoint, or the weights do not fit.
     """
     console = console or Console()
     run = Run(config)
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise _no_checkpoint(workdir)
-    with Checkpoints(folder, keep=config.checkpoint.keep) as checkpoints:
-        if checkpoints.latest_step() is None:
-            raise _no_checkpoint(workdir)
-        evaluation = run.evaluate(checkpoints.restore(run.engine.abstract_state))
+    if workdir is None:
+        state = _pretrained_state(run)
+    elif not has_checkpoint(workdir / "checkpoints"):
+        raise ValueError(
+            f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with "
+            "--mode=train; or leave it out to evaluate config.model.pretrained."
+        )
+    else:
+        with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+            state = checkpoints.restore(run.engine.abstract_state)
+    evaluation = run.evaluate(state)
     _print_result(evaluation, console)
     return evaluation
 
 
-def _no_checkpoint(workdir: pathlib.Path) -> ValueError:
-    return ValueError(
-        f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with --mode=train."
+def _pretrained_state(run: Run) -> TrainState:
+    config = run.config.model
+    if not config.pretrained or config.fresh_head:
+        raise ValueError(
+            "Either `workdir` must be given, or `config.model.pretrained` without a fresh head, to "
+            f"have something to evaluate, got {config.pretrained!r} and fresh_head="
+            f"{config.fresh_head}."
+        )
+    # Every value is replaced: none is drawn. An evaluation asks for no optimiser.
+    undrawn = dataclasses.replace(
+        run.engine.abstract_state, step=jnp.zeros((), jnp.int32), opt_state=()
     )
+    return run.engine.with_weights(undrawn, run.pretrained_variables())
 
 
 def _train_loop(
@@ -309,6 +362,9 @@ def _describe(run: Run, workdir: pathlib.Path, start_step: int, console: Console
         f"workdir  {workdir}",
         highlight=False,
     )
+    if config.model.pretrained and not start_step:
+        head = ", with a fresh head" if config.model.fresh_head else ""
+        console.print(f"starting from {config.model.pretrained}{head}", highlight=False)
     if start_step >= run.total_steps:
         console.print(f"This training is finished: {start_step:,} steps are done.")
     elif start_step:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def write_folder(
             f"{jax.process_index()}. Write a .safetensors file, or let process 0 write."
         )
     with whole_output(path, force=force, is_folder=True) as partial:
-        with ocp.Checkpointer(_orbax_handler(), **_alone()) as checkpointer:
+        with ocp.Checkpointer(orbax_handler(), **_alone()) as checkpointer:
             checkpointer.save(
                 partial / _VARIABLES_NAME, args=ocp.args.PyTreeSave(_nested(variables))
             )
@@ -177,7 +178,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Re
             f"{size}. It was copied in part or changed: copy or convert the weights again."
         )
     try:
-        with ocp.Checkpointer(_orbax_handler(), **_alone()) as checkpointer:
+        with ocp.Checkpointer(orbax_handler(), **_alone()) as checkpointer:
             nested = checkpointer.restore(folder, args=ocp.args.PyTreeRestore())
     # Damage shows in any layer below: Orbax, TensorStore, JSON.
     except Exception as error:
@@ -185,7 +186,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Re
         raise CheckpointError(
             f"{folder} must be a whole Orbax checkpoint, got: {reason} Convert the weights again."
         ) from error
-    tensors = dict(_flat(nested))
+    tensors = dict(flat_tensors(nested))
     if (count := sum(tensor.size for tensor in tensors.values())) != (
         expected := record.params + record.frozen_params
     ):
@@ -200,7 +201,8 @@ def _size_of(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _orbax_handler() -> Any:
+def orbax_handler() -> Any:
+    """Reads and writes arrays as NumPy's, each process for itself."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -242,9 +244,10 @@ def _nested(variables: Variables) -> dict[str, Any]:
     return tree
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Any:
+def flat_tensors(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of nested dicts by dotted name, as the flax layout names them."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat_tensors(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

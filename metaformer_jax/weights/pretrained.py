@@ -1,10 +1,11 @@
-"""Models with weights: by published name, from a converted folder, from a checkpoint file."""
+"""Models with weights: by published name, from a folder, from a checkpoint file."""
 
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from metaformer_jax import models
@@ -12,7 +13,12 @@ from metaformer_jax.models import MetaFormer
 from metaformer_jax.weights.convert import Variables, to_variables, variables_of
 from metaformer_jax.weights.read import Checkpoint, read_checkpoint
 from metaformer_jax.weights.recognition import recognise
-from metaformer_jax.weights.surgery import change_in_channels, replace_head
+from metaformer_jax.weights.surgery import (
+    NUM_IMAGENET_1K,
+    change_in_channels,
+    map_head_to_imagenet_1k,
+    replace_head,
+)
 
 PathLike = str | os.PathLike[str]
 
@@ -35,7 +41,7 @@ def create_model(
         name: one of `list_models()`.
         pretrained: False for random weights; True for the published ones, downloaded and
             converted once and then taken from the cache; or a path to a converted folder, a
-            `.safetensors` or a `.pth` file.
+            training run's workdir, a `.safetensors` or a `.pth` file.
         num_classes: classes of the head, by default as published. With weights, a number other
             than the checkpoint's is the request for a fresh head: all but the head is loaded, the
             head is random. 0 gives the pooled feature.
@@ -81,39 +87,93 @@ def load_weights(
     model: MetaFormer,
     path: PathLike,
     *,
-    keep_head: bool = False,
+    name: str | None = None,
     entry: str | None = None,
+    keep_head: bool = False,
+    class_map: PathLike | None = None,
+    fit_channels: bool = False,
 ) -> None:
     """Loads weights into a model in place, each array placed as the one that it replaces.
 
+    Without the last three everything has to fit.
+
     Args:
         model: the model, built eagerly or abstractly (`nnx.eval_shape`).
-        path: a converted folder, a `.safetensors` or a `.pth` file, in any layout.
-        keep_head: keep the model's own head and ignore that of the checkpoint, as fine-tuning
-            for other classes needs it. Without it everything has to fit.
+        path: a converted folder, a run's workdir, a `.safetensors` or a `.pth` file, in any layout.
+        name: the published name that the checkpoint must not contradict.
         entry: which entry of a training checkpoint to take, see `files.read_tensors`.
+        keep_head: keep the model's own head and ignore that of the checkpoint, as fine-tuning
+            for other classes needs it.
+        class_map: map an ImageNet-21K head to the model's 1000 classes, see
+            `map_head_to_imagenet_1k`.
+        fit_channels: change the checkpoint's stem to the model's channels, see
+            `change_in_channels`.
 
     Raises:
         CheckpointError: the weights do not fit; the model is as it was.
         FileNotFoundError: nothing is at the path.
+        ValueError: the class map is none, or the model has other classes.
     """
-    tensors = read_checkpoint(path, entry=entry).tensors
-    if not keep_head:
-        fill(model, to_variables(tensors, model))
-        return
-    # The head of the checkpoint, whatever its size, has to be whole as well.
-    info = recognise(tensors)
-    twin = nnx.eval_shape(
-        lambda: MetaFormer(
-            model.spec,
-            num_classes=info.num_classes,
-            in_channels=model.in_channels,
-            image_size=model.image_size,
-            rngs=nnx.Rngs(0),
-        )
+    variables = fitted_variables(
+        model,
+        path,
+        name=name,
+        entry=entry,
+        keep_head=keep_head,
+        class_map=class_map,
+        fit_channels=fit_channels,
     )
+    fill(model, variables)
+
+
+def fitted_variables(
+    model: MetaFormer,
+    path: PathLike,
+    *,
+    name: str | None = None,
+    entry: str | None = None,
+    keep_head: bool = False,
+    class_map: PathLike | None = None,
+    fit_channels: bool = False,
+) -> Variables:
+    """The values that `load_weights` puts into a model, which stays as it is."""
+    if keep_head and class_map:
+        raise ValueError(
+            f"`class_map` must be left out where the model keeps its own head, got {class_map!r}."
+        )
+    if class_map and model.num_classes != NUM_IMAGENET_1K:
+        raise ValueError(
+            f"`class_map` must be left out unless the model has {NUM_IMAGENET_1K} classes, got "
+            f"{class_map!r} for {model.num_classes}. Give the model a fresh head instead."
+        )
+    tensors = read_checkpoint(path, name=name, entry=entry).tensors
+    # Where the checkpoint's head or stem differs, it has to be whole as well.
+    info = recognise(tensors)
+    num_classes = info.num_classes if keep_head or class_map else model.num_classes
+    in_channels = (info.in_channels if fit_channels else None) or model.in_channels
+    twin = model
+    if (num_classes, in_channels) != (model.num_classes, model.in_channels):
+        twin = nnx.eval_shape(
+            lambda: MetaFormer(
+                model.spec,
+                num_classes=num_classes,
+                in_channels=in_channels,
+                image_size=model.image_size,
+                rngs=nnx.Rngs(0),
+            )
+        )
     variables = to_variables(tensors, twin)
-    fill(model, {path: array for path, array in variables.items() if path[0] != "head"})
+    if keep_head:
+        variables = {path: array for path, array in variables.items() if path[0] != "head"}
+    if class_map or in_channels != model.in_channels:
+        fill(twin, variables)
+        if class_map:
+            map_head_to_imagenet_1k(twin, class_map)
+        if in_channels != model.in_channels:
+            change_in_channels(twin, model.in_channels)
+        targets = variables_of(twin)
+        variables = {path: np.asarray(targets[path][...]) for path in variables}
+    return variables
 
 
 def read_and_build(

@@ -1,4 +1,4 @@
-"""Reading weights wherever they stand: a converted folder, a `.safetensors` or a `.pth` file."""
+"""Reading weights wherever they stand: a converted folder, a training run, a file."""
 
 import concurrent.futures
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from metaformer_jax.models import model_info
-from metaformer_jax.weights import converted
+from metaformer_jax.weights import converted, workdir
 from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.files import check_is_file, read_tensors, sha256
 from metaformer_jax.weights.recognition import recognise
@@ -32,7 +32,7 @@ def read_checkpoint(
     entry: str | None = None,
     with_hash: bool = False,
 ) -> Checkpoint:
-    """Reads a converted folder, a `.safetensors` or a `.pth` file.
+    """Reads a converted folder, a run's workdir, a `.safetensors` or a `.pth` file.
 
     Args:
         path: the folder or file.
@@ -51,8 +51,13 @@ def read_checkpoint(
     if path.is_dir():
         if entry is not None:
             raise CheckpointError(f"`entry` must be left out for a folder, got {entry!r}.")
-        tensors, record = converted.read_folder(path)
-        called = record.model
+        if workdir.is_workdir(path):
+            tensors, entry = workdir.read_workdir(path)
+            called = workdir.model_name(path) or ""
+            source = {"source_entry": entry}
+        else:
+            tensors, record = converted.read_folder(path)
+            called = record.model
     else:
         with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
             hashing = executor.submit(sha256, check_is_file(path)) if with_hash else None

@@ -1,0 +1,84 @@
+"""A training run's weights are read as converted ones are."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from test_convert_torch_weights import load_program
+
+from metaformer_jax import create_model
+from metaformer_jax.training.checkpoint import Checkpoints
+from metaformer_jax.training.step import TrainState
+from metaformer_jax.weights import CheckpointError
+from metaformer_jax.weights.convert import to_variables, variables_of
+from metaformer_jax.weights.files import read_tensors
+from metaformer_jax.weights.pretrained import build_abstract
+
+NAME = "randformer_s12"
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return to_variables(reference.state_dict(NAME, "sail"), build_abstract(NAME))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, variables):
+    """Two checkpoints, of which the newer has the weights of reference."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.json").write_text(json.dumps({"model.name": NAME}))
+    with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
+        for step, scale in ((9, np.float32(2)), (10, np.float32(1))):
+            halves = [
+                nnx.traversals.unflatten_mapping(
+                    {
+                        path: scale * value
+                        for path, value in variables.items()
+                        if frozen == is_frozen(path)
+                    }
+                )
+                for frozen in (False, True)
+            ]
+            state = TrainState(np.int32(step), *halves, {"mu": np.ones(3, np.float32)})
+            checkpoints.save(state, metrics={"accuracy": 0.5})
+    return folder
+
+
+def is_frozen(path):
+    return path[-1] == "random_matrix"
+
+
+def test_a_model_takes_the_newest_weights(workdir, variables):
+    model = create_model(NAME, pretrained=workdir, rngs=nnx.Rngs(0))
+    for path, variable in variables_of(model).items():
+        np.testing.assert_array_equal(variable[...], variables[path])
+
+
+def test_a_run_goes_back_to_pytorch_under_its_own_name(workdir, tmp_path, capsys):
+    output = tmp_path / "back.pth"
+    assert load_program().main([str(workdir), "--reverse", "--output", str(output)]) == 0
+    assert f"{output}: {NAME}" in capsys.readouterr().out
+    tensors, _ = read_tensors(output)
+    expected = reference.state_dict(NAME, "sail")
+    assert tensors.keys() == expected.keys()
+    assert all(np.array_equal(tensors[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("damage", ["nothing saved", "uncommitted", "garbled"])
+def test_a_run_without_a_whole_checkpoint_is_refused(workdir, damage, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    checkpoints = copy / "checkpoints"
+    if damage == "nothing saved":
+        shutil.rmtree(checkpoints)
+        checkpoints.mkdir()
+    elif damage == "uncommitted":
+        for path in checkpoints.glob("*/_CHECKPOINT_METADATA"):
+            path.unlink()
+    else:
+        (checkpoints / "10" / "state" / "_METADATA").write_bytes(b"x" * 1000)
+    with pytest.raises(CheckpointError, match=r"`path` must be a run with|must be a whole check"):
+        create_model(NAME, pretrained=copy, rngs=nnx.Rngs(0))
