@@ -4,7 +4,6 @@ import optax
 import pytest
 
 from metaformer_jax.training import optim
-from metaformer_jax.training.losses import smoothed_cross_entropy
 
 
 def test_the_schedule_warms_up_linearly_and_joins_an_unshifted_cosine():
@@ -43,13 +42,3 @@ def test_gradients_are_cut_to_the_global_norm():
         sizes[max_norm] = float(optax.tree.norm(updates))
     assert sizes[100.0] == sizes[None]
     np.testing.assert_allclose(sizes[0.5] / sizes[None], 0.5 / 5, rtol=1e-2)
-
-
-def test_label_smoothing_is_its_formula():
-    logits = np.random.default_rng(0).standard_normal((4, 7)).astype(np.float32)
-    labels = np.array([0, 6, 3, 3])
-    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    targets = 0.9 * np.eye(7)[labels] + 0.1 / 7
-    expected = -(targets * log_probabilities).sum(-1)
-    actual = smoothed_cross_entropy(logits, labels, label_smoothing=0.1)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from metaformer_jax.data.normalize import normalize
+from metaformer_jax.data.device import DeviceTransform
 from metaformer_jax.models import (
     Attention,
     IdentityMixing,
@@ -50,8 +50,9 @@ def _engine(mesh, spec="conv and attention", seed=0):
         ),
         optim.adamw(lambda _: 1e-3),
         mesh=mesh,
-        preprocess=functools.partial(normalize, mean=(0.5,) * 3, std=(0.25,) * 3),
-        label_smoothing=0.1,
+        transform=DeviceTransform(
+            num_classes=4, mean=(0.5,) * 3, std=(0.25,) * 3, label_smoothing=0.1
+        ),
         seed=seed,
     )
 

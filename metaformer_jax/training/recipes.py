@@ -38,16 +38,55 @@ def base_config() -> ml_collections.ConfigDict:
     config.model.class_map = ""
 
     config.data = ml_collections.ConfigDict()
-    config.data.name = "digits"
+    # "folder" with train/ and val/ in config.data.root; "digits"; or a data set of TFDS, with its
+    # version if there are several: "imagenet2012", "imagenet2012:5.1.0".
+    config.data.name = "imagenet2012"
+    # The folder's root, or TFDS's data_dir; empty for TFDS's default.
+    config.data.root = ""
     # Pixels per side.
     config.data.image_size = 224
     # Per channel, for images scaled to [0, 1].
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
-    # Training images move by up to this many pixels.
-    config.data.max_shift = 0
-    # Threads that read and transform.
+    # Processes that read and transform beside the main one; -1 takes one for each core.
+    config.data.num_workers = -1
+    # Threads that do so in each of them, or in the main process where there are none.
     config.data.num_threads = 4
+    # Images that cannot be read are replaced, up to this fraction of the training examples.
+    config.data.max_bad_fraction = 1e-3
+
+    # What the host does to training images, in this order.
+    config.augment = ml_collections.ConfigDict()
+    # "random_resized", "simple" (short side to size, then any place), or "none" (the whole image,
+    # squeezed to a square).
+    config.augment.crop = "random_resized"
+    # Part of the image's area, and width over height.
+    config.augment.crop_scale = (0.08, 1.0)
+    config.augment.crop_ratio = (3 / 4, 4 / 3)
+    # Filters that one is drawn from for each image.
+    config.augment.interpolations = ("bilinear", "bicubic")
+    config.augment.flip_probability = 0.5
+    # timm's notation; empty leaves it out.
+    config.augment.randaugment = "rand-m9-mstd0.5-inc1"
+    config.augment.three_augment = False
+    # Brightness, contrast and saturation. The published recipes leave it out beside RandAugment.
+    config.augment.color_jitter = 0.0
+    # Images move by up to this many pixels.
+    config.augment.max_shift = 0
+
+    # What the device does to training batches.
+    config.mixing = ml_collections.ConfigDict()
+    config.mixing.mixup_alpha = 0.8
+    config.mixing.cutmix_alpha = 1.0
+    config.mixing.switch_probability = 0.5
+    config.mixing.probability = 1.0
+    # Images that share a draw. A group never lies on two devices.
+    config.mixing.group_size = 128
+    config.erasing_probability = 0.25
+
+    # Evaluation: the part of the resized short side that the crop takes, and the filter.
+    config.eval_crop_fraction = 1.0
+    config.eval_interpolation = "bicubic"
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 4e-3
@@ -82,7 +121,11 @@ def digits() -> ml_collections.ConfigDict:
     config.log_every_steps = 10
     config.model.update(family="caformer", depths=(1, 1, 2, 1), dims=(32, 64, 96, 128))
     config.model.drop_path_rate = 0.05
-    config.data.update(name="digits", image_size=32, mean=(0.305,), std=(0.376,), max_shift=3)
+    config.data.update(name="digits", image_size=32, mean=(0.305,), std=(0.376,), num_workers=0)
+    config.augment.update(crop="none", interpolations=("bicubic",), flip_probability=0.0)
+    config.augment.update(randaugment="", max_shift=3)
+    config.mixing.update(mixup_alpha=0.0, cutmix_alpha=0.0)
+    config.erasing_probability = 0.0
     config.optimizer.update(learning_rate=2e-3, warmup_epochs=2.0)
     config.checkpoint.every_epochs = 5.0
     return config

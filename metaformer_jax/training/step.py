@@ -12,11 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from metaformer_jax.data.device import DeviceTransform
 from metaformer_jax.models import Frozen, MetaFormer
 from metaformer_jax.training import sharding
-from metaformer_jax.training.losses import smoothed_cross_entropy
 
-Preprocess = Callable[[Array], Array]
 Tree = dict[str, Any]
 Batch = dict[str, Array]
 Path = tuple[Any, ...]
@@ -47,9 +46,8 @@ class Engine:
         build: makes the model from its `nnx.Rngs`; only ever traced.
         optimizer: what turns gradients into updates.
         mesh: the devices, see `sharding.create_mesh`.
-        preprocess: from the batch's uint8 images to what the model takes.
-        label_smoothing: see `smoothed_cross_entropy`.
-        seed: initial parameters, and the masks of each step.
+        transform: from the batch's uint8 images and labels to images and targets.
+        seed: initial parameters, and the mixing and masks of each step.
     """
 
     def __init__(
@@ -58,8 +56,7 @@ class Engine:
         optimizer: optax.GradientTransformation,
         *,
         mesh: Mesh,
-        preprocess: Preprocess,
-        label_smoothing: float = 0.0,
+        transform: DeviceTransform,
         seed: int = 0,
     ):
         self.mesh = mesh
@@ -68,8 +65,7 @@ class Engine:
         self._rest = nnx.state(self.model, nnx.Not(nnx.Any(nnx.Param, Frozen)))
         self.build = build
         self._optimizer = optimizer
-        self._preprocess = preprocess
-        self._label_smoothing = label_smoothing
+        self._transform = transform
         self._seed = seed
         abstract = jax.eval_shape(self._initial_state)
         self.state_shardings = dataclasses.replace(
@@ -128,7 +124,6 @@ class Engine:
         self, params: Tree, frozen: Tree, images: Array, key: Array | None
     ) -> Float[Array, "b classes"]:
         model = nnx.merge(self._graphdef, params, frozen, self._rest)
-        images = self._preprocess(images)
         if key is None:
             model.eval()
             return model(images)
@@ -138,13 +133,14 @@ class Engine:
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One update. All randomness derives from the seed and the step's number."""
         key = jax.random.fold_in(jax.random.key(self._seed), state.step)
+        transform_key, dropout_key = jax.random.split(key)
+        images, targets = self._transform.training(
+            batch["image"], batch["label"], key=transform_key, mesh=self.mesh
+        )
 
         def loss_fn(params: Tree) -> tuple[Array, Array]:
-            logits = self._logits(params, state.frozen, batch["image"], key)
-            losses = smoothed_cross_entropy(
-                logits, batch["label"], label_smoothing=self._label_smoothing
-            )
-            return losses.mean(), logits
+            logits = self._logits(params, state.frozen, images, dropout_key)
+            return optax.softmax_cross_entropy(logits, targets).mean(), logits
 
         (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
@@ -156,17 +152,18 @@ class Engine:
         )
         metrics = {
             "loss": loss,
-            "accuracy": jnp.mean(logits.argmax(-1) == batch["label"]),
+            "accuracy": jnp.mean(logits.argmax(-1) == targets.argmax(-1)),
             "grad_norm": optax.tree.norm(gradients),
         }
         return new_state, metrics
 
     def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
         """For each example its loss, prediction and that one's probability; label and mask."""
-        logits = self._logits(state.params, state.frozen, batch["image"], None)
+        images = self._transform.evaluation(batch["image"])
+        logits = self._logits(state.params, state.frozen, images, None)
         probabilities = jax.nn.softmax(logits)
         return {
-            "loss": smoothed_cross_entropy(logits, batch["label"]),
+            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
             "prediction": logits.argmax(-1).astype(jnp.int32),
             "probability": probabilities.max(-1),
             "label": batch["label"],

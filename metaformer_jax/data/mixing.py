@@ -1,0 +1,118 @@
+"""Mixup and CutMix on the device, group by group, and the targets that go with them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+
+class Mixed(NamedTuple):
+    """A mixed batch: `weights` of each image is its own, the rest is its partner's.
+
+    The class that the partner has stands in `partner_labels`.
+    """
+
+    images: UInt8[Array, "b h w c"]
+    labels: Int[Array, " b"]
+    partner_labels: Int[Array, " b"]
+    weights: Float[Array, " b"]
+
+
+def mix(
+    images: UInt8[Array, "b h w c"],
+    labels: Int[Array, " b"],
+    *,
+    keys: Key[Array, " groups"],
+    mixup_alpha: float = 0.8,
+    cutmix_alpha: float = 1.0,
+    switch_probability: float = 0.5,
+    probability: float = 1.0,
+) -> Mixed:
+    """Mixup (https://arxiv.org/abs/1710.09412) or CutMix (https://arxiv.org/abs/1905.04899).
+
+    The batch is as many groups as there are keys. All images of a group share one draw, and the
+    partner of the group's first image is its last.
+
+    Args:
+        images: the batch; mixup's blends are rounded to whole numbers, as in the published recipe.
+        labels: its classes.
+        keys: the randomness of each group; their number divides the batch.
+        mixup_alpha: mixup's weight is drawn from Beta(alpha, alpha); 0 leaves mixup out.
+        cutmix_alpha: likewise the part of the area that CutMix leaves; 0 leaves CutMix out.
+        switch_probability: of CutMix, where both are there.
+        probability: that a group is mixed at all.
+
+    """
+    if mixup_alpha <= 0 and cutmix_alpha <= 0:
+        return Mixed(images, labels, labels, jnp.ones(labels.shape))
+    groups, partners = _in_pairs(images, len(keys))
+
+    def mix_group(
+        key: Array, group: UInt8[Array, "g h w c"], partner: UInt8[Array, "g h w c"]
+    ) -> tuple[UInt8[Array, "g h w c"], Float[Array, ""]]:
+        keys = jax.random.split(key, 5)
+        is_mixed = jax.random.bernoulli(keys[0], probability)
+        is_cut = jax.random.bernoulli(keys[1], switch_probability)
+        is_cut = (is_cut | (mixup_alpha <= 0)) & (cutmix_alpha > 0)
+        blend_weight = jax.random.beta(keys[2], mixup_alpha or 1.0, mixup_alpha or 1.0)
+        kept_part = jax.random.beta(keys[3], cutmix_alpha or 1.0, cutmix_alpha or 1.0)
+        inside, cut_weight = _box(keys[4], kept_part, group.shape[1:3])
+        weight = jnp.where(is_mixed, jnp.where(is_cut, cut_weight, blend_weight), 1.0)
+        blend = jnp.rint(weight * group + (1 - weight) * partner).astype(group.dtype)
+        cut = jnp.where(inside[None, :, :, None] & is_mixed, partner, group)
+        return jnp.where(is_cut, cut, blend), weight
+
+    mixed, weights = jax.vmap(mix_group)(keys, groups, partners)
+    _, partner_labels = _in_pairs(labels, len(keys))
+    return Mixed(
+        mixed.reshape(images.shape),
+        labels,
+        partner_labels.reshape(labels.shape),
+        jnp.repeat(weights, len(images) // len(keys)),
+    )
+
+
+def soft_targets(
+    labels: Int[Array, " b"],
+    partner_labels: Int[Array, " b"] | None = None,
+    weights: Float[Array, " b"] | None = None,
+    *,
+    num_classes: int,
+    label_smoothing: float = 0.0,
+) -> Float[Array, "b classes"]:
+    """The class probabilities to learn: smoothed one-hot rows, mixed as the images are.
+
+    Of each row `label_smoothing` goes to all classes alike (https://arxiv.org/abs/1512.00567).
+    """
+
+    def smoothed(labels: Int[Array, " b"]) -> Float[Array, "b classes"]:
+        one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+        return (1 - label_smoothing) * one_hot + label_smoothing / num_classes
+
+    if partner_labels is None or weights is None:
+        return smoothed(labels)
+    weights = weights[:, None]
+    return weights * smoothed(labels) + (1 - weights) * smoothed(partner_labels)
+
+
+def _in_pairs(x: Array, num_groups: int) -> tuple[Array, Array]:
+    groups = x.reshape(num_groups, -1, *x.shape[1:])
+    return groups, groups[:, ::-1]
+
+
+def _box(
+    key: Array, kept_part: Float[Array, ""], size: tuple[int, int]
+) -> tuple[Bool[Array, "h w"], Float[Array, ""]]:
+    """A box around any pixel, cut at the image's border, and the part of the area outside it."""
+    inside = []
+    for axis, (axis_key, length) in enumerate(zip(jax.random.split(key), size, strict=True)):
+        half = jnp.trunc(length * jnp.sqrt(1 - kept_part)) // 2
+        middle = jax.random.randint(axis_key, (), 0, length)
+        position = jnp.arange(length)
+        inside.append(
+            jnp.expand_dims((position >= middle - half) & (position < middle + half), 1 - axis)
+        )
+    rows, columns = inside
+    area = rows.sum() * columns.sum()
+    return rows & columns, 1 - area / (size[0] * size[1])
