@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 
 import fake_imagenet
@@ -127,7 +128,7 @@ def test_a_config_is_found_or_asked_for(tmp_path):
         ("imagenet2012/small", r"no fitting version in .*imagenet2012/small"),
         (
             "cifar10",
-            r"data holds imagenet2012\).*\n  tfds build cifar10 --file_format=array_record",
+            r"data holds imagenet2012\).*\n  python -c .* tfds.builder\('cifar10', data_dir='",
         ),
     ],
 )
@@ -150,6 +151,20 @@ def test_the_data_dir_is_by_default_tfdss(folder, monkeypatch):
     assert len(TfdsSource("imagenet2012", "train")) == 24
     monkeypatch.delenv("TFDS_DATA_DIR")
     assert tfds_metadata.default_data_dir() == "~/tensorflow_datasets"
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_more_files_than_a_program_may_open_by_default_are_read(tmp_path, file_format):
+    records = {"train": [fake_imagenet.example(IMAGE, 0)] * 80}
+    folder = fake_imagenet.write_dataset(
+        tmp_path, file_format, records=records, num_shards={"train": 80}
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 50, hard))
+    try:
+        assert _labels(_open(folder)) == [0] * 80
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_files_with_other_counts_than_the_metadata_are_refused(folder):

@@ -186,7 +186,7 @@ def stored_format(info: Any) -> str:
             return file_format
     raise ValueError(
         f"{info.full_name} must be prepared as {' or '.join(FILE_FORMATS)}, got "
-        f"{', '.join(available) or 'no format'}. Prepare it again with --file_format=array_record."
+        f"{', '.join(available) or 'no format'}. Prepare it again with file_format='array_record'."
     )
 
 
@@ -202,7 +202,11 @@ def _not_prepared(name: str, dataset: str, data_dir: str, searched: str) -> Valu
     if dataset == "imagenet2012":
         command = f"python -m metaformer_jax.data.prepare imagenet --tars TARS --output {data_dir}"
     else:
-        command = f"tfds build {dataset} --file_format=array_record --data_dir={data_dir}"
+        # Not `tfds build`, which needs apache_beam as well.
+        command = (
+            f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
+            f"data_dir={data_dir!r}, file_format='array_record').download_and_prepare()\""
+        )
     return ValueError(
         f"`data.root` must be the folder in which TFDS prepared {name!r}, got {data_dir!r}: there "
         f"is no fitting version in {searched} ({where} holds {', '.join(there[:10]) or 'nothing'})."
