@@ -1,46 +1,60 @@
-"""Where examples come from: random access to labelled images."""
+"""Where examples come from: random access to encoded, labelled images."""
 
+import io
 import pathlib
 from typing import Protocol, TypedDict
 
 import numpy as np
-from jaxtyping import UInt8
-
-from metaformer_jax.data.transforms import resize
+from PIL import Image
 
 
-class Example(TypedDict):
-    """One labelled image."""
+class Record(TypedDict):
+    """One labelled image as it is stored: the content of an image file, and a class number."""
 
-    image: UInt8[np.ndarray, "h w c"]
+    image: bytes
     label: int
 
 
 class Source(Protocol):
-    """A finite list of examples; the same index always gives the same example."""
+    """A finite list of records; the same index always gives the same record, on every host.
+
+    Sources travel to worker processes: they can be pickled, and several threads may read one.
+
+    Attributes:
+        class_names: in the order of the labels.
+        channels: 3, or 1 for grey images.
+    """
 
     class_names: tuple[str, ...]
+    channels: int
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Record: ...
+
+    def describe(self, index: int) -> str:
+        """Where a record lies, for messages: a path, or a shard and a record number."""
+        ...
 
 
 class Digits:
-    """1,797 handwritten digits, 8x8 pixels, in 10 classes; they come with the package.
+    """1,797 handwritten digits, 8x8 grey pixels, in 10 classes; they come with the package.
 
     The test set of the Optical Recognition of Handwritten Digits data (E. Alpaydin and C. Kaynak,
     1998, https://doi.org/10.24432/C50P49, licence CC BY 4.0) as scikit-learn distributes it. Every
-    fifth example of each class is held out.
+    fifth example of each class is held out. Given as PNG, which is lossless.
 
     Args:
         split: "train" (1,442 examples) or "test" (355).
-        image_size: pixels per side to which the images are enlarged, once for all.
+
+    Raises:
+        ValueError: no such split.
     """
 
     class_names = tuple("0123456789")
+    channels = 1
 
-    def __init__(self, split: str, *, image_size: int = 8):
+    def __init__(self, split: str):
         if split not in ("train", "test"):
             raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")
         with np.load(pathlib.Path(__file__).parent / "digits.npz") as data:
@@ -51,23 +65,66 @@ class Digits:
             rank[labels == label] = np.arange(np.sum(labels == label))
         chosen = (rank % 5 == 4) == (split == "test")
         # Intensities are whole numbers from 0 to 16.
-        pixels = np.rint(images[chosen] * (255 / 16)).astype(np.uint8)[..., None]
-        self._images = [resize(image, image_size) for image in pixels]
-        self._labels = labels[chosen]
+        pixels = np.rint(images[chosen] * (255 / 16)).astype(np.uint8)
+        self._images = [_encode_png(image) for image in pixels]
+        self._labels: list[int] = labels[chosen].tolist()
+        self._split = split
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> Example:
-        return {"image": self._images[index], "label": int(self._labels[index])}
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        return {"image": self._images[index], "label": self._labels[index]}
+
+    def describe(self, index: int) -> str:
+        """Which of the digits an index means."""
+        return f"example {checked_index(index, len(self))} of the digits' {self._split} split"
 
 
-def open_source(name: str, split: str, *, image_size: int) -> Source:
-    """The examples of a data set by its name in the config.
+def _encode_png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def checked_index(index: int, length: int) -> int:
+    """The index as a plain int.
 
     Raises:
-        ValueError: no data set has this name.
+        IndexError: it is not in `[0, length)`; counting from the end is not offered.
     """
-    if name != "digits":
-        raise ValueError(f"`data.name` must be 'digits', got {name!r}.")
-    return Digits(split, image_size=image_size)
+    index = int(index)
+    if not 0 <= index < length:
+        raise IndexError(f"`index` must be in [0, {length}), got {index}.")
+    return index
+
+
+def open_source(name: str, split: str, *, root: str | None = None) -> Source:
+    """The records of a data set by its name in the config.
+
+    Args:
+        name: "digits", "folder" (class folders of images under `root`), or the name of a prepared
+            TFDS data set, such as "imagenet2012", "imagenet2012:5.1.0" or "mnist".
+        split: "train", "eval" for what the set holds out for evaluation, or a name of the set's
+            own ("val"; for TFDS also slices, "train[:90%]").
+        root: the image folder, or the TFDS `data_dir`; a `gs://` path for TFDS only.
+
+    Raises:
+        ValueError: there is no such data set or split, or its files are not whole.
+    """
+    if name == "digits":
+        return Digits("test" if split == "eval" else split)
+    # Imported where they are used: digits need no TFDS, which takes longer to load.
+    if name == "folder":
+        from metaformer_jax.data.folder import ImageFolder
+
+        if not root:
+            raise ValueError(
+                "`data.root` must be the folder that holds 'train' and 'val' where `data.name` is "
+                f"'folder', got {root!r}."
+            )
+        return ImageFolder(root, "val" if split == "eval" else split)
+    from metaformer_jax.data.tfds_source import TfdsSource
+
+    return TfdsSource(name, split, data_dir=root or None)

@@ -1,0 +1,117 @@
+r"""Prepares data sets for training.
+
+Examples:
+    python -m metaformer_jax.data.prepare imagenet --tars ~/Downloads --output ~/tensorflow_datasets
+    python -m metaformer_jax.data.prepare arrayrecord --input ~/tensorflow_datasets/mnist/3.0.1 \
+        --output ~/array_record_datasets
+
+The first takes the two archives of ILSVRC 2012 and needs TensorFlow (the extra `prepare`). The
+second rewrites a data set that TFDS prepared as TFRecord files, and needs nothing.
+Both leave a folder that is the `data.root` of a config, with `data.name` the name of the data set.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m metaformer_jax.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    programs = parser.add_subparsers(dest="program", required=True)
+    imagenet = programs.add_parser(
+        "imagenet", help="ImageNet (ILSVRC 2012) from its two archives, through TFDS's builder"
+    )
+    imagenet.add_argument(
+        "--tars",
+        type=pathlib.Path,
+        required=True,
+        metavar="DIR",
+        help="the folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
+    )
+    _add_output(imagenet, "imagenet2012/5.1.0")
+    imagenet.add_argument(
+        "--file-format",
+        # Not parquet, which TFDS offers as well: it loses records there without a word.
+        choices=("array_record", "tfrecord"),
+        default="array_record",
+        help="of the files (default: %(default)s, which is read without an index)",
+    )
+    imagenet.add_argument(
+        "--md5", action="store_true", help="compare the archives' contents too: reads 155 GB more"
+    )
+    imagenet.add_argument(
+        "--any-size", action="store_true", help="take archives of other sizes, such as excerpts"
+    )
+    convert = programs.add_parser(
+        "arrayrecord", help="a TFDS data set in TFRecord files as one in ArrayRecord files"
+    )
+    convert.add_argument(
+        "--input",
+        type=pathlib.Path,
+        required=True,
+        metavar="DIR",
+        help="the folder of one version, with dataset_info.json and the TFRecord files",
+    )
+    _add_output(convert, "<name>/<version>")
+    convert.add_argument("--force", action="store_true", help="replace an earlier result")
+    convert.add_argument(
+        "--num-threads",
+        type=int,
+        metavar="N",
+        help="files converted at a time (default: one for each processor)",
+    )
+    return parser.parse_args(argv)
+
+
+def _add_output(parser: argparse.ArgumentParser, inner: str) -> None:
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        required=True,
+        metavar="DATA_DIR",
+        help=f"the result goes to {inner} in this folder",
+    )
+
+
+def run(args: argparse.Namespace) -> pathlib.Path:
+    """Does what the command line asks for; returns the folder that was written."""
+    # Imported here: --help and a mistyped option are answered at once.
+    if args.program == "imagenet":
+        from metaformer_jax.data.prepare_imagenet import prepare_imagenet
+
+        return prepare_imagenet(
+            args.tars,
+            args.output,
+            file_format=args.file_format,
+            md5=args.md5,
+            any_size=args.any_size,
+        )
+    from metaformer_jax.data.to_array_record import convert_dataset
+
+    return convert_dataset(args.input, args.output, force=args.force, num_threads=args.num_threads)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program: 0 if all was written, 2 and one message if not."""
+    args = parse_args(argv)
+    try:
+        folder = run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; there is no result", file=sys.stderr)
+        return 130
+    name = "/".join(folder.relative_to(args.output.expanduser().absolute()).parts[:-1])
+    print(f"{folder}\nUse it with data.name={name} and data.root={args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
