@@ -25,7 +25,13 @@ _WORKDIR = flags.DEFINE_string(
     "Folder for checkpoints, metrics and pictures; a run that is there continues. Left out with "
     "--mode=eval, config.model.pretrained is evaluated.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval", "preview"],
+    "Train; evaluate; or draw the first training batch, mixed and erased, into --output.",
+)
+_OUTPUT = flags.DEFINE_string("output", "batch.png", "The picture of --mode=preview.")
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
     "accept_config_changes", False, "Continue a run though its config was another."
 )
@@ -74,6 +80,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         _exit_with(f"Arguments must be --flags, got {' '.join(argv[1:])}.", USAGE_ERROR)
     # Flags that are wrong should say so at once, not after the imports of seconds.
+    from metaformer_jax.data.loader import DataError
     from metaformer_jax.training import train
     from metaformer_jax.weights import DownloadError
 
@@ -84,13 +91,15 @@ def main(argv: list[str]) -> None:
     try:
         if _MODE.value == "eval":
             train.evaluate(_CONFIG.value, workdir)
+        elif _MODE.value == "preview":
+            train.preview(_CONFIG.value, pathlib.Path(_OUTPUT.value))
         elif workdir is None:
             _exit_with("`--workdir` must be given to train.", USAGE_ERROR)
         else:
             train.train(_CONFIG.value, workdir, accept_config_changes=_ACCEPT_CONFIG_CHANGES.value)
     except (ValueError, FileNotFoundError, ImportError, DownloadError) as error:
         _exit_with(error, USAGE_ERROR)
-    except FloatingPointError as error:
+    except (FloatingPointError, DataError) as error:
         _exit_with(error, TRAINING_FAILED)
     except KeyboardInterrupt:
         _exit_with("stopped. The same command continues from the last checkpoint.", INTERRUPTED)

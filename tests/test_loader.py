@@ -1,48 +1,95 @@
+import collections
+import io
 import itertools
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from metaformer_jax.data import loader
+from metaformer_jax.data.loader import DataError, Share, Workers
+
+
+def _encode(value):
+    file = io.BytesIO()
+    Image.new("L", (1, 1), value).save(file, "PNG")
+    return file.getvalue()
 
 
 class Numbers:
-    """Example i is an image of one pixel of value i."""
+    """Example i is an image of one pixel of value i; some of them are no image."""
 
     class_names = ("number",)
+    channels = 1
 
-    def __init__(self, length):
-        self.length = length
+    def __init__(self, length, bad=()):
+        self._images = [b"no image" if i in bad else _encode(i) for i in range(length)]
 
     def __len__(self):
-        return self.length
+        return len(self._images)
 
     def __getitem__(self, index):
-        return {"image": np.full((1, 1, 1), index, np.uint8), "label": index}
+        return {"image": self._images[index], "label": index}
+
+    def describe(self, index):
+        return f"number {index}"
 
 
-def _noisy(example, rng):
-    return {"image": rng.integers(0, 256, (4, 4, 1), np.uint8), "label": example["label"]}
+def _noisy(image, rng):
+    value = np.asarray(image)[0, 0]
+    return np.append(rng.integers(0, 256, 15, np.uint8), value).reshape(4, 4, 1)
 
 
-def _training(start_step=0, steps=8, **kwargs):
-    arguments = {"batch_size": 4, "seed": 3, "start_step": start_step, **kwargs}
-    batches = loader.training_batches(Numbers(10), _noisy, **arguments)
-    return list(itertools.islice(batches, steps))
+def _training(
+    steps=8, source=None, start_step=0, workers=None, max_bad_fraction=0.0, seed=3, **share
+):
+    with loader.training_batches(
+        source or Numbers(10),
+        _noisy,
+        share=Share(**{"batch_size": 4, **share}),
+        seed=seed,
+        start_step=start_step,
+        workers=workers,
+        max_bad_fraction=max_bad_fraction,
+    ) as batches:
+        return list(itertools.islice(batches, steps))
+
+
+def _evaluation(source=None, max_bad_fraction=0.0, **share):
+    with loader.evaluation_batches(
+        source or Numbers(10),
+        np.atleast_3d,
+        share=Share(**share),
+        max_bad_fraction=max_bad_fraction,
+    ) as batches:
+        return list(batches)
 
 
 def _assert_equal(actual, expected):
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
-        for key in ("image", "label", "mask"):
+        assert one.keys() == other.keys()
+        for key in one:
             np.testing.assert_array_equal(one[key], other[key])
 
 
 def test_each_epoch_holds_every_example_once_in_another_order():
-    labels = np.concatenate([batch["label"] for batch in _training(steps=5)])
+    batches = _training(steps=5)
+    labels = np.concatenate([batch["label"] for batch in batches])
     first, second = labels[:10], labels[10:]
     assert sorted(first) == sorted(second) == list(range(10))
     assert list(first) != list(second)
+    np.testing.assert_array_equal(np.concatenate([batch["index"] for batch in batches]), labels)
+    images = np.concatenate([batch["image"] for batch in batches])
+    np.testing.assert_array_equal(images[:, 3, 3, 0], labels)
 
 
 def test_augmentation_differs_between_epochs_and_examples():
@@ -54,17 +101,41 @@ def test_a_resumed_run_sees_the_batches_it_would_have_seen():
     _assert_equal(_training(start_step=5, steps=3), _training()[5:])
 
 
-def test_threads_do_not_change_the_batches():
-    _assert_equal(_training(num_threads=1), _training(num_threads=8))
+@pytest.mark.parametrize("workers", [Workers(num_threads=1), Workers(num_threads=8)])
+def test_threads_do_not_change_the_batches(workers):
+    _assert_equal(_training(workers=workers), _training())
 
 
-def test_two_processes_share_the_global_batch_of_one():
-    shares = [_training(process_index=index, num_processes=2) for index in range(2)]
-    for whole, *parts in zip(_training(), *shares, strict=True):
-        assert [len(part["label"]) for part in parts] == [2, 2]
-        for key in ("image", "label"):
-            together = sorted(row.tobytes() for part in parts for row in part[key])
-            assert together == sorted(row.tobytes() for row in whole[key])
+def test_workers_do_not_change_the_batches():
+    workers = Workers(num_workers=3, num_threads=1)
+    expected = _training(batch_size=48, source=Numbers(100))
+    _assert_equal(_training(batch_size=48, source=Numbers(100), workers=workers), expected)
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_processes_together_hold_the_global_batch_of_one_in_its_order(num_processes):
+    shares = [
+        _training(process_index=index, num_processes=num_processes, batch_size=8)
+        for index in range(num_processes)
+    ]
+    together = [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in zip(*shares, strict=True)
+    ]
+    _assert_equal(together, _training(batch_size=8))
+
+
+def test_a_step_far_away_is_reached_without_reading_what_is_before():
+    class Counting(Numbers):
+        reads = 0
+
+        def __getitem__(self, index):
+            Counting.reads += 1
+            return super().__getitem__(index)
+
+    workers = Workers(num_threads=1)
+    _training(source=Counting(10), start_step=10**9, steps=1, workers=workers)
+    assert Counting.reads < 40
 
 
 def test_another_seed_gives_another_order():
@@ -76,13 +147,7 @@ def test_evaluation_counts_every_example_once_on_any_number_of_processes(num_pro
     batches = [
         batch
         for index in range(num_processes)
-        for batch in loader.evaluation_batches(
-            Numbers(10),
-            lambda example: example,
-            batch_size=8,
-            process_index=index,
-            num_processes=num_processes,
-        )
+        for batch in _evaluation(batch_size=8, process_index=index, num_processes=num_processes)
     ]
     # Every process runs as many steps, of one shape, or the last would wait for ever.
     assert len(batches) == 2 * num_processes
@@ -91,8 +156,88 @@ def test_evaluation_counts_every_example_once_on_any_number_of_processes(num_pro
     assert sorted(seen) == list(range(10))
 
 
-@pytest.mark.parametrize("batches", [loader.training_batches, loader.evaluation_batches])
-def test_batches_that_do_not_divide_are_refused(batches):
-    arguments = {"seed": 0} if batches is loader.training_batches else {}
-    with pytest.raises(ValueError, match="multiple of the 3 processes, got 4"):
-        next(batches(Numbers(10), _noisy, batch_size=4, num_processes=3, **arguments))
+@pytest.mark.parametrize(
+    ("batch_size", "num_processes", "remedy"),
+    [(4, 3, "Use 3 or 6"), (2, 3, "Use 3"), (0, 1, "Use 1")],
+)
+def test_batches_that_do_not_divide_are_refused(batch_size, num_processes, remedy):
+    with pytest.raises(
+        ValueError, match=rf"of the {num_processes} processes, got {batch_size}. {remedy}\."
+    ):
+        Share(batch_size=batch_size, num_processes=num_processes)
+
+
+def test_a_bad_example_is_replaced_by_the_next_good_one_and_counted():
+    source = Numbers(10, bad=(4, 9, 0))
+    batches = _training(source=source, steps=5, max_bad_fraction=0.3)
+    labels, index, bad = (
+        np.concatenate([batch[key] for batch in batches]) for key in ("label", "index", "bad")
+    )
+    replaced = {4: 5, 9: 1, 0: 1}
+    np.testing.assert_array_equal(labels, [replaced.get(i, i) for i in index])
+    np.testing.assert_array_equal(bad, [i if i in replaced else -1 for i in index])
+    _assert_equal(_training(source=source, steps=5, max_bad_fraction=0.3), batches)
+
+
+def test_more_bad_examples_than_allowed_stop_the_run_and_are_named():
+    with pytest.raises(DataError, match=r"At most 2.0 of 10 .*got 3:") as error:
+        _training(source=Numbers(10, bad=(2, 4, 7)), steps=5, max_bad_fraction=0.2)
+    for index in (2, 4, 7):
+        assert f"number {index}: " in str(error.value)
+    with pytest.raises(DataError, match="got 100 in a row that are not, from number"):
+        _training(source=Numbers(10, bad=range(10)), max_bad_fraction=1.0)
+
+
+def test_a_bad_example_does_not_count_in_an_evaluation():
+    batches = _evaluation(source=Numbers(10, bad=(3,)), batch_size=4, max_bad_fraction=0.1)
+    seen = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    assert seen.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+def _wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_ends_the_run_with_an_error():
+    workers = Workers(num_workers=2, num_threads=1)
+    with loader.training_batches(
+        Numbers(64), _noisy, share=Share(batch_size=32), seed=0, workers=workers
+    ) as batches:
+        next(batches)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(DataError, match="A worker that reads data has died"):
+            collections.deque(batches, maxlen=0)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    program = """
+        import multiprocessing, os, signal, sys
+        sys.path.insert(0, TESTS)
+        from test_loader import Numbers, _noisy
+        from metaformer_jax.data import loader
+
+        if __name__ == "__main__":
+            workers = loader.Workers(num_workers=2, num_threads=1)
+            share = loader.Share(batch_size=32)
+            batches = loader.training_batches(
+                Numbers(64), _noisy, share=share, seed=0, workers=workers
+            )
+            next(batches)
+            print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    script = tmp_path / "program.py"
+    tests = repr(str(pathlib.Path(__file__).parent))
+    script.write_text(textwrap.dedent(program).replace("TESTS", tests))
+    before = set(pathlib.Path("/dev/shm").iterdir())
+    result = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert result.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in result.stdout.split()]
+    assert len(pids) == 2
+    _wait_until(lambda: not any(pathlib.Path(f"/proc/{pid}/cmdline").exists() for pid in pids))
+    _wait_until(lambda: set(pathlib.Path("/dev/shm").iterdir()) <= before)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from metaformer_jax import zoo
 
@@ -29,7 +30,7 @@ def _main(*arguments):
         ([DIGITS, "--config.lerning=3"], "Did you mean optimizer.learning_rate?"),
         ([DIGITS, "--config.epochs=many"], "could not convert string to float: 'many'"),
         ([DIGITS, "--config.model.drop_path_rate=-1"], "`drop_path_rate` must be in [0, 1)"),
-        ([DIGITS, "--mode=trian"], "<train|eval>"),
+        ([DIGITS, "--mode=trian"], "<train|eval|preview>"),
         ([DIGITS, "again"], "Arguments must be --flags, got again"),
         ([], "--config must have a value"),
     ],
@@ -61,6 +62,16 @@ def test_training_from_the_command_line_with_overrides(tmp_path):
         "misclassified.png",
         "tensorboard",
     }
+
+
+def test_a_preview_draws_the_first_batch(tmp_path):
+    output = tmp_path / "batch.png"
+    mixing = ["--config.mixing.cutmix_alpha=1.0", "--config.mixing.group_size=8"]
+    result = _main(DIGITS, "--mode=preview", f"--output={output}", *mixing)
+    assert result.returncode == 0, result.stderr
+    assert "the first training batch: " in result.stdout
+    with Image.open(output) as image:
+        assert image.width > 1000
 
 
 def test_the_zoo_prints_counted_beside_published_figures(capsys):

@@ -68,6 +68,7 @@ def _batch(mesh, seed=0):
         "image": rng.integers(0, 256, (16, 16, 16, 3), np.uint8),
         "label": rng.integers(0, 4, 16).astype(np.int32),
         "mask": np.ones(16, bool),
+        "index": np.arange(16, dtype=np.int32),
     }
     return sharding.shard_batch(batch, mesh)
 

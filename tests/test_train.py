@@ -14,8 +14,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from metaformer_jax.data import loader
-from metaformer_jax.data.normalize import normalize
+from metaformer_jax.data.device import normalize
 from metaformer_jax.training import recipes, train
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.metrics import MetricWriter, read_metrics
@@ -87,7 +86,11 @@ def test_tensorboard_gets_what_the_metrics_file_gets(finished):
         (length,) = struct.unpack("<Q", data[:8])
         event = Event.FromString(data[12 : 12 + length])
         for value in event.summary.value:
-            events[event.step, value.tag] = value.simple_value
+            if value.HasField("image"):
+                assert (event.step, value.tag) == (0, "train/batch")
+                assert value.image.width > 1000
+            else:
+                events[event.step, value.tag] = value.simple_value
         data = data[12 + length + 4 :]
     rows = {
         (row["step"], tag): value
@@ -138,14 +141,14 @@ def test_a_converted_folder_is_evaluated_as_its_model_answers(tmp_path):
     config.eval_batch_size = 360
     config.model.update(family="", name=name, pretrained=str(tmp_path / "converted"))
     evaluation = train.evaluate(config, console=Console(file=io.StringIO()))
-    (batch,) = loader.evaluation_batches(
-        train.Run(config).eval_source, lambda example: example, batch_size=355
-    )
+    run = train.Run(config)
+    images = np.stack([run.evaluation_image(index) for index in range(355)])
+    labels = np.array([run.eval_source[index]["label"] for index in range(355)])
     model.eval()
-    images = normalize(batch["image"], mean=config.data.mean, std=config.data.std)
+    images = normalize(images, mean=config.data.mean, std=config.data.std)
     logits = nnx.jit(lambda model, images: model(images))(model, images)
     log_probabilities = jax.nn.log_softmax(logits)
-    loss = -jnp.mean(log_probabilities[np.arange(355), batch["label"]])
+    loss = -jnp.mean(log_probabilities[np.arange(355), labels])
     assert evaluation.loss == pytest.approx(float(loss), rel=1e-5)
     np.testing.assert_array_equal(evaluation.predictions, logits.argmax(-1))
 
@@ -282,7 +285,15 @@ def test_evaluating_without_a_checkpoint_leaves_nothing_behind(tmp_path):
         ({"model.depths": (1, 1)}, r"`dims` must have one entry for each of the 2 stages"),
         ({"model.drop_path_rate": -0.5}, r"`drop_path_rate` must be in \[0, 1\), got -0.5"),
         ({"model.dtype": "float16"}, r"`config.model.dtype` .*got 'float16'"),
-        ({"data.name": "imagenet"}, r"`data.name` must be 'digits', got 'imagenet'"),
+        ({"data.name": "nothing", "data.root": "nowhere"}, r"nothing.*nowhere"),
+        ({"data.name": "folder"}, r"`data.root` must be the folder"),
+        ({"data.num_workers": -2}, r"`config.data.num_workers` must be a number of processes"),
+        ({"augment.crop": "middle"}, r"`crop` must be one of random_resized, .*got 'middle'"),
+        ({"augment.randaugment": "rand"}, r"`randaugment` must be of the form"),
+        ({"augment.interpolations": ("cubic",)}, r"`interpolation` must be one of .*got 'cubic'"),
+        ({"mixing.mixup_alpha": 0.8}, r"16 of 128 images, got 128. Use 16, or a batch of 1024"),
+        ({"mixing.probability": 1.5}, r"`config.mixing.probability` must be in \[0, 1\], got 1.5"),
+        ({"eval_crop_fraction": 0.0}, r"`crop_fraction` must be in \(0, 1\], got 0.0"),
         ({"data.mean": (0.5,) * 3}, r"`config.data.mean` must have one value for each of the 1"),
         ({"data.std": (0.0,)}, r"`config.data.std` must be positive"),
         ({"mesh.data": 3}, r"the 8 devices present, got 3 x 1"),

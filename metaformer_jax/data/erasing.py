@@ -31,8 +31,9 @@ def random_erasing(
         return images
 
     def erase(key: Array, image: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+        height, width, _ = image.shape
         box_key, noise_key = jax.random.split(key)
-        inside = draw_rectangle(box_key, image.shape[:2], probability, area, aspect)
+        inside = draw_rectangle(box_key, (height, width), probability, area, aspect)
         noise = jax.random.normal(noise_key, image.shape, image.dtype)
         return jnp.where(inside[..., None], noise, image)
 

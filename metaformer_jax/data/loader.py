@@ -1,100 +1,332 @@
 """Order, sharding and batches: which examples a process sees, and when.
 
 Everything here is a function of the seed and of positions in the data, so that the global batch of
-a step is the same in every run, on any number of processes and threads, resumed or not.
+a step is the same in every run, on any number of processes, workers and threads, resumed or not.
 """
 
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from typing import TypedDict
+from typing import Any, Self, TypedDict
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Bool, Int32, UInt8
+from PIL import Image
 
-from metaformer_jax.data.sources import Example, Source
+from metaformer_jax.data.sources import Source
+from metaformer_jax.data.transforms import BadImageError, decode
+
+# Workers hand over so many images at a time: a batch is soon there, as all of them work at it.
+_MAX_CHUNK = 16
+# Bad examples in a row before the data set is given up.
+_MAX_NEIGHBOURS = 100
+
+TrainTransform = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "h w c"]]
+EvalTransform = Callable[[Image.Image], UInt8[np.ndarray, "h w c"]]
+
+
+class DataError(RuntimeError):
+    """The data cannot be read on: too many bad examples, or a worker has died."""
+
+
+class Example(TypedDict):
+    """One image, ready for the device."""
+
+    image: UInt8[np.ndarray, "h w c"]
+    label: int
+    index: int
+    bad: int
 
 
 class Batch(TypedDict):
-    """The examples of one step (on this process); `mask` is False where one only fills up."""
+    """The examples of one step (on this process).
+
+    `mask` is False where an example only fills up. `index` is each example's place in the source,
+    and `bad` that of an example which could not be read and was replaced, or else -1.
+    """
 
     image: UInt8[np.ndarray, "b h w c"]
     label: Int32[np.ndarray, " b"]
     mask: Bool[np.ndarray, " b"]
+    index: Int32[np.ndarray, " b"]
+    bad: Int32[np.ndarray, " b"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who reads and transforms.
+
+    Attributes:
+        num_workers: processes beside this one; 0 for threads of this one alone.
+        num_threads: threads in each of them.
+    """
+
+    num_workers: int = 0
+    num_threads: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one process takes of every batch: its part of neighbouring examples.
+
+    Attributes:
+        batch_size: examples per step over all processes.
+        process_index: this process.
+        num_processes: all processes.
+
+    Raises:
+        ValueError: `batch_size` does not divide by the processes.
+    """
+
+    batch_size: int
+    process_index: int = 0
+    num_processes: int = 1
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.batch_size % self.num_processes:
+            below, above = (
+                (self.batch_size + extra) // self.num_processes * self.num_processes
+                for extra in (0, self.num_processes - 1)
+            )
+            raise ValueError(
+                f"`batch_size` must be a positive multiple of the {self.num_processes} processes, "
+                f"got {self.batch_size}. Use {f'{below} or ' if below > 0 else ''}"
+                f"{max(above, self.num_processes)}."
+            )
+
+    @property
+    def size(self) -> int:
+        """Examples per step of this process."""
+        return self.batch_size // self.num_processes
+
+    @property
+    def chunk_size(self) -> int:
+        """The largest divisor of the size that is not above `_MAX_CHUNK`."""
+        return max(n for n in range(1, min(self.size, _MAX_CHUNK) + 1) if self.size % n == 0)
+
+    def first_position(self, step: int) -> int:
+        """The position, in the order of all steps, of this process's first example of a step."""
+        return step * self.batch_size + self.process_index * self.size
+
+
+class Batches(Iterator[Batch]):
+    """An iterator over batches, to be closed, that keeps count of bad examples.
+
+    Attributes:
+        bad: what could not be read so far: place in the source, and how it was met.
+    """
+
+    def __init__(
+        self,
+        chunks: Any,
+        source: Source,
+        share: Share,
+        *,
+        workers: Workers,
+        max_bad_fraction: float,
+    ):
+        self.bad: dict[int, str] = {}
+        self._source = source
+        self._chunks_per_batch = share.size // share.chunk_size
+        self._max_bad = max_bad_fraction * len(source)
+        options = grain.ReadOptions(
+            num_threads=workers.num_threads, prefetch_buffer_size=2 * max(1, workers.num_threads)
+        )
+        dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
+        if workers.num_workers:
+            # Grain reads its flags, which only absl's own programs parse.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=workers.num_workers, per_worker_buffer_size=2
+                ),
+                worker_init_fn=_start_worker,
+            )
+        self._iterator = iter(dataset)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._iterator.close()
+
+    def __next__(self) -> Batch:
+        try:
+            chunks: list[Any] = [next(self._iterator) for _ in range(self._chunks_per_batch)]
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise DataError(
+                f"A worker that reads data has died: {error} Was it killed for want of memory? "
+                "Lower `data.num_workers`; the last checkpoint is good."
+            ) from error
+        batch = chunks[0]
+        if len(chunks) > 1:
+            batch = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in batch}
+        self._note_bad(batch["bad"])
+        return batch
+
+    def _note_bad(self, bad: Int32[np.ndarray, " b"]) -> None:
+        for index in bad[bad >= 0].tolist():
+            if index not in self.bad:
+                self.bad[index] = _why_bad(self._source, index)
+        if len(self.bad) > self._max_bad:
+            shown = [f"  {reason}" for reason in list(self.bad.values())[:20]]
+            raise DataError(
+                f"At most {self._max_bad:.1f} of {len(self._source)} examples may be bad "
+                f"(`data.max_bad_fraction`), got {len(self.bad)}:\n" + "\n".join(shown)
+            )
 
 
 def training_batches(
     source: Source,
-    transform: Callable[[Example, np.random.Generator], Example],
+    transform: TrainTransform,
     *,
-    batch_size: int,
+    share: Share,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    num_processes: int = 1,
-    num_threads: int = 4,
-) -> Iterator[Batch]:
+    workers: Workers | None = None,
+    max_bad_fraction: float = 1e-3,
+) -> Batches:
     """This process's part of the batches from `start_step` on, shuffled anew each epoch, endless.
+
+    An example that cannot be read is replaced by the next one in the source that can.
 
     Args:
         source: the examples.
         transform: the augmentation; its generator is the example's own in each epoch.
-        batch_size: examples per step over all processes.
+        share: the batch and this process's part of it.
         seed: order and augmentation.
         start_step: the first batch is that of this step; those before are not read.
-        process_index: this process.
-        num_processes: all processes.
-        num_threads: threads that read and transform.
+        workers: who reads.
+        max_bad_fraction: part of the source's examples that may turn out bad.
 
     Raises:
-        ValueError: `batch_size` does not divide by the processes.
+        DataError: while iterating, when there are more bad examples, or a worker has died.
     """
-    _check_divides(batch_size, num_processes)
-    # Each process takes its share after the random transform: before it, the processes would
-    # share their random numbers.
-    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    examples = examples.random_map(transform)[process_index::num_processes]
-    batches = examples.batch(batch_size // num_processes, batch_fn=_stack)[start_step:]
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
-    return iter(batches.to_iter_dataset(options))
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    examples = order.random_map(_Load(source, transform))
+    chunks = _Chunks(examples.__getitem__, share, start_step, end=None)
+    return Batches(
+        chunks, source, share, workers=workers or Workers(), max_bad_fraction=max_bad_fraction
+    )
 
 
 def evaluation_batches(
     source: Source,
-    transform: Callable[[Example], Example],
+    transform: EvalTransform,
     *,
-    batch_size: int,
-    process_index: int = 0,
-    num_processes: int = 1,
-) -> Iterator[Batch]:
+    share: Share,
+    workers: Workers | None = None,
+    max_bad_fraction: float = 1e-3,
+) -> Batches:
     """This process's part of all examples, once each, in order; the last batch is filled up.
 
+    An example that cannot be read does not count.
+
     Raises:
-        ValueError: `batch_size` does not divide by the processes.
+        DataError: while iterating, when there are more bad examples, or a worker has died.
     """
-    _check_divides(batch_size, num_processes)
-    share = batch_size // num_processes
-    examples = grain.MapDataset.source(source).map(transform)
-    for start in range(0, len(source), batch_size):
-        # Every process runs every step, also one whose examples have run out.
-        mine = range(start + process_index * share, start + (process_index + 1) * share)
-        present = [examples[index] for index in mine if index < len(source)]
-        yield _stack(present or [examples[0]], size=share, present=len(present))
+    load = _Load(source, lambda image, _: transform(image))
+    chunks = _Chunks(lambda index: load(index, None), share, 0, end=len(source))
+    return Batches(
+        chunks, source, share, workers=workers or Workers(), max_bad_fraction=max_bad_fraction
+    )
 
 
-def _stack(examples: list[Example], size: int | None = None, present: int | None = None) -> Batch:
-    size = len(examples) if size is None else size
-    present = len(examples) if present is None else present
-    fill = [examples[-1]] * (size - len(examples))
-    return {
-        "image": np.stack([example["image"] for example in [*examples, *fill]]),
-        "label": np.array([example["label"] for example in [*examples, *fill]], np.int32),
-        "mask": np.arange(size) < present,
-    }
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """Reads, decodes and transforms one example, or the nearest after it that can be read."""
 
+    source: Source
+    transform: Callable[[Image.Image, Any], UInt8[np.ndarray, "h w c"]]
 
-def _check_divides(batch_size: int, num_processes: int) -> None:
-    if batch_size < 1 or batch_size % num_processes:
-        raise ValueError(
-            f"`batch_size` must be a positive multiple of the {num_processes} processes, "
-            f"got {batch_size}."
+    def __call__(self, index: int, rng: np.random.Generator | None) -> Example:
+        index = int(index)
+        for neighbour in range(index, index + _MAX_NEIGHBOURS):
+            position = neighbour % len(self.source)
+            try:
+                record = self.source[position]
+                image = decode(record["image"], channels=self.source.channels)
+            except (BadImageError, OSError):
+                continue
+            return {
+                "image": self.transform(image, rng),
+                "label": record["label"],
+                "index": index,
+                "bad": index if position != index else -1,
+            }
+        raise DataError(
+            f"Images must be readable, got {_MAX_NEIGHBOURS} in a row that are not, from "
+            f"{_why_bad(self.source, index)}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """The examples of one process, in order, as small batches: random access for Grain."""
+
+    load: Callable[[int], Example]
+    share: Share
+    start_step: int
+    end: int | None
+
+    def __len__(self) -> int:
+        per_batch = self.share.size // self.share.chunk_size
+        # Every process runs every step, also one whose examples have run out.
+        steps = 2**40 if self.end is None else -(-self.end // self.share.batch_size)
+        return steps * per_batch
+
+    def __getitem__(self, index: int) -> Batch:
+        size = self.share.chunk_size
+        step, within = divmod(index, self.share.size // size)
+        first = self.share.first_position(self.start_step + step) + within * size
+        last = first + size if self.end is None else min(first + size, self.end)
+        examples = [self.load(position) for position in range(first, last)] or [self.load(0)]
+        present = max(0, last - first)
+        examples += [examples[-1]] * (size - len(examples))
+        bad = np.array([example["bad"] for example in examples], np.int32)
+        mask = np.arange(size) < present
+        if self.end is not None:
+            # One that stands in for another would count twice.
+            mask &= bad < 0
+        return {
+            "image": np.stack([example["image"] for example in examples]),
+            "label": np.array([example["label"] for example in examples], np.int32),
+            "mask": mask,
+            "index": np.array([example["index"] for example in examples], np.int32),
+            "bad": bad,
+        }
+
+
+def _why_bad(source: Source, index: int) -> str:
+    try:
+        decode(source[index]["image"], channels=source.channels)
+    except (BadImageError, OSError) as error:
+        return f"{source.describe(index)}: {error}"
+    return f"{source.describe(index)}: it could not be read, and now can"
+
+
+def _start_worker(worker_index: int, num_workers: int) -> None:
+    del worker_index, num_workers
+    # The main process decides what an interrupt means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        # A killed parent ends nobody, and its workers would wait for it for ever.
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()

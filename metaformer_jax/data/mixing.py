@@ -51,13 +51,14 @@ def mix(
     def mix_group(
         key: Array, group: UInt8[Array, "g h w c"], partner: UInt8[Array, "g h w c"]
     ) -> tuple[UInt8[Array, "g h w c"], Float[Array, ""]]:
+        _, height, width, _ = group.shape
         keys = jax.random.split(key, 5)
         is_mixed = jax.random.bernoulli(keys[0], probability)
         is_cut = jax.random.bernoulli(keys[1], switch_probability)
         is_cut = (is_cut | (mixup_alpha <= 0)) & (cutmix_alpha > 0)
         blend_weight = jax.random.beta(keys[2], mixup_alpha or 1.0, mixup_alpha or 1.0)
         kept_part = jax.random.beta(keys[3], cutmix_alpha or 1.0, cutmix_alpha or 1.0)
-        inside, cut_weight = _box(keys[4], kept_part, group.shape[1:3])
+        inside, cut_weight = _box(keys[4], kept_part, height, width)
         weight = jnp.where(is_mixed, jnp.where(is_cut, cut_weight, blend_weight), 1.0)
         blend = jnp.rint(weight * group + (1 - weight) * partner).astype(group.dtype)
         cut = jnp.where(inside[None, :, :, None] & is_mixed, partner, group)
@@ -102,11 +103,13 @@ def _in_pairs(x: Array, num_groups: int) -> tuple[Array, Array]:
 
 
 def _box(
-    key: Array, kept_part: Float[Array, ""], size: tuple[int, int]
+    key: Array, kept_part: Float[Array, ""], height: int, width: int
 ) -> tuple[Bool[Array, "h w"], Float[Array, ""]]:
     """A box around any pixel, cut at the image's border, and the part of the area outside it."""
     inside = []
-    for axis, (axis_key, length) in enumerate(zip(jax.random.split(key), size, strict=True)):
+    for axis, (axis_key, length) in enumerate(
+        zip(jax.random.split(key), (height, width), strict=True)
+    ):
         half = jnp.trunc(length * jnp.sqrt(1 - kept_part)) // 2
         middle = jax.random.randint(axis_key, (), 0, length)
         position = jnp.arange(length)
@@ -115,4 +118,4 @@ def _box(
         )
     rows, columns = inside
     area = rows.sum() * columns.sum()
-    return rows & columns, 1 - area / (size[0] * size[1])
+    return rows & columns, 1 - area / (height * width)

@@ -1,24 +1,272 @@
-"""What happens to an image on the host: functions from uint8 `[h, w, c]` to the same."""
+"""What happens to an image on the host: decoding, crops, flips and colours, with Pillow.
+
+Each random function draws from the generator it is given, and from nothing else.
+"""
+
+import functools
+import io
+import math
+import struct
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+BILINEAR = Image.Resampling.BILINEAR
+BICUBIC = Image.Resampling.BICUBIC
+
+_MODES = {1: "L", 3: "RGB"}
+_CROP_TRIES = 10
 
 
-def resize(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "size size c"]:
-    """Resizes to a square of `size` pixels with Pillow's bicubic filter."""
-    # Pillow wants a greyscale image without an axis for its channel.
-    pixels = image[..., 0] if image.shape[-1] == 1 else image
-    resized = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
-    return resized.reshape(size, size, image.shape[-1])
+class BadImageError(ValueError):
+    """The bytes are not a whole image."""
 
 
-def random_shift(
-    image: UInt8[np.ndarray, "h w c"], max_pixels: int, *, rng: np.random.Generator
-) -> UInt8[np.ndarray, "h w c"]:
+def decode(data: bytes, *, channels: int) -> Image.Image:
+    """An image of mode RGB or L from the content of an image file.
+
+    Whatever Pillow reads, converted as it converts. As in the published pipeline an orientation
+    in EXIF is not applied.
+
+    Args:
+        data: the file's content.
+        channels: 3 or 1.
+
+    Raises:
+        BadImageError: it is no image, cut short or damaged, or has more than 179 million pixels.
+        ValueError: no such number of channels.
+    """
+    if channels not in _MODES:
+        raise ValueError(f"`channels` must be 1 or 3, got {channels}.")
+    if simplejpeg is not None and channels == 3 and data[:3] == b"\xff\xd8\xff":
+        image = _decode_jpeg(data)
+        if image is not None:
+            return image
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+    # Each format's reader fails in its own way.
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        EOFError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"{len(data)} bytes that are no image"
+        raise BadImageError(reason) from error
+
+
+def _decode_jpeg(data: bytes) -> Image.Image | None:
+    # The library that Pillow has inside, and so its pixels, without Pillow's detours. What it
+    # does not take (CMYK), or finds damaged, is left to Pillow.
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colorspace == "CMYK" or height * width > Image.MAX_IMAGE_PIXELS:
+            return None
+        return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
+    except ValueError:
+        return None
+
+
+def to_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
+    """The pixels; a grey image has one channel."""
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def resize(image: Image.Image, size: int) -> Image.Image:
+    """The whole image as a square of `size` pixels, by the bicubic filter."""
+    return image.resize((size, size), BICUBIC)
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    *,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolations: tuple[Image.Resampling, ...] = (BILINEAR, BICUBIC),
+) -> Image.Image:
+    """A part of random size, place and shape, then resized to a square (https://arxiv.org/abs/1409.4842).
+
+    Args:
+        image: the image.
+        size: pixels per side of the result.
+        rng: randomness.
+        scale: least and greatest part of the area.
+        ratio: least and greatest width over height.
+        interpolations: filters, of which one is drawn.
+    """
+    box = crop_box(image.width, image.height, rng=rng, scale=scale, ratio=ratio)
+    chosen = interpolations[rng.integers(len(interpolations))]
+    return image.crop(box).resize((size, size), chosen)
+
+
+def crop_box(
+    width: int,
+    height: int,
+    *,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """The (left, top, right, bottom) that `random_resized_crop` takes, in pixels.
+
+    The area is drawn uniformly, the shape uniformly in its logarithm. What fits in none of ten
+    tries is the largest part in the middle whose shape is allowed.
+    """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_CROP_TRIES):
+        area = width * height * rng.uniform(*scale)
+        shape = math.exp(rng.uniform(*log_ratio))
+        crop_width, crop_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(rng.integers(0, width - crop_width, endpoint=True))
+            top = int(rng.integers(0, height - crop_height, endpoint=True))
+            return left, top, left + crop_width, top + crop_height
+    crop_width, crop_height = width, height
+    if width / height < ratio[0]:
+        crop_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        crop_width = round(height * ratio[1])
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def simple_random_crop(
+    image: Image.Image, size: int, *, rng: np.random.Generator, padding: int = 4
+) -> Image.Image:
+    """Resizes the short side to `size`, mirrors a border around, and takes any square of `size`.
+
+    DeiT III's crop for ImageNet-21K (https://arxiv.org/abs/2204.07118).
+    """
+    image = resize_short_side(image, size, BICUBIC)
+    pixels = np.asarray(image)
+    borders = [(padding, padding)] * 2 + [(0, 0)] * (pixels.ndim - 2)
+    padded = np.pad(pixels, borders, mode="reflect")
+    top, left = (int(rng.integers(0, side - size, endpoint=True)) for side in padded.shape[:2])
+    return Image.fromarray(np.ascontiguousarray(padded[top : top + size, left : left + size]))
+
+
+def random_flip(
+    image: Image.Image, *, rng: np.random.Generator, probability: float = 0.5
+) -> Image.Image:
+    """The mirror image, left for right, with this probability."""
+    if rng.random() < probability:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+def random_shift(image: Image.Image, max_pixels: int, *, rng: np.random.Generator) -> Image.Image:
     """Moves the image by up to `max_pixels` up or down and left or right; black comes in."""
-    height, width, channels = image.shape
-    top, left = rng.integers(0, 2 * max_pixels, size=2, endpoint=True)
-    padded = np.zeros((height + 2 * max_pixels, width + 2 * max_pixels, channels), image.dtype)
-    padded[max_pixels : max_pixels + height, max_pixels : max_pixels + width] = image
-    return padded[top : top + height, left : left + width]
+    top, left = (int(n) for n in rng.integers(-max_pixels, max_pixels, size=2, endpoint=True))
+    return image.crop((left, top, left + image.width, top + image.height))
+
+
+def evaluation_transform(
+    image: Image.Image,
+    size: int,
+    *,
+    crop_fraction: float = 1.0,
+    interpolation: Image.Resampling = BICUBIC,
+) -> Image.Image:
+    """The middle square of `size` pixels of the image resized to `size / crop_fraction`.
+
+    Args:
+        image: the image.
+        size: pixels per side of the result.
+        crop_fraction: part of the resized image's short side that the result takes, in (0, 1].
+        interpolation: the filter.
+    """
+    image = resize_short_side(image, math.floor(size / crop_fraction), interpolation)
+    # Halves go to the even number, as in the published pipeline.
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def resize_short_side(
+    image: Image.Image, size: int, interpolation: Image.Resampling
+) -> Image.Image:
+    """Resizes to `size` pixels on the short side; on the long one fractions are cut off."""
+    short, long = sorted(image.size)
+    if short == size:
+        return image
+    longer = int(size * long / short)
+    new_size = (size, longer) if image.width <= image.height else (longer, size)
+    return image.resize(new_size, interpolation)
+
+
+def color_jitter(
+    image: Image.Image,
+    *,
+    rng: np.random.Generator,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    hue: float = 0.0,
+) -> Image.Image:
+    """Changes brightness, contrast, saturation and hue in random order.
+
+    Args:
+        image: the image; a grey one keeps its hue and saturation.
+        rng: randomness.
+        brightness: its factor is drawn uniformly from [1 - brightness, 1 + brightness].
+        contrast: likewise.
+        saturation: likewise.
+        hue: its shift is drawn uniformly from [-hue, hue], in turns of the colour circle.
+    """
+    enhancers = [
+        (ImageEnhance.Brightness, brightness),
+        (ImageEnhance.Contrast, contrast),
+        (ImageEnhance.Color, saturation),
+    ]
+    changes = [
+        functools.partial(
+            _enhance, enhancer=enhancer, factor=rng.uniform(max(0, 1 - width), 1 + width)
+        )
+        for enhancer, width in enhancers
+        if width > 0
+    ]
+    if hue > 0:
+        changes.append(functools.partial(_shift_hue, turns=rng.uniform(-hue, hue)))
+    for index in rng.permutation(len(changes)):
+        image = changes[index](image)
+    return image
+
+
+def three_augment(image: Image.Image, *, rng: np.random.Generator) -> Image.Image:
+    """One of grey, solarised and blurred (DeiT III, https://arxiv.org/abs/2204.07118)."""
+    choice = rng.integers(3)
+    if choice == 0:
+        return image.convert("L").convert(image.mode)
+    if choice == 1:
+        return ImageOps.solarize(image)
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+
+
+def _enhance(image: Image.Image, *, enhancer: Any, factor: float) -> Image.Image:
+    return enhancer(image).enhance(factor)
+
+
+def _shift_hue(image: Image.Image, *, turns: float) -> Image.Image:
+    if image.mode == "L":
+        return image
+    hue, saturation, value = image.convert("HSV").split()
+    shifted = np.asarray(hue) + np.uint8(round(turns * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")

@@ -5,7 +5,9 @@ import pathlib
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import tensorboardX
+from jaxtyping import UInt8
 
 
 class MetricWriter:
@@ -36,6 +38,10 @@ class MetricWriter:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+
+    def write_picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Adds a picture to TensorBoard's events."""
+        self._events.add_image(name, picture, step, dataformats="HWC")
 
     def __enter__(self) -> Self:
         return self

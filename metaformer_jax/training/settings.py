@@ -31,6 +31,7 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
         "log_every_steps",
         "eval_every_epochs",
         "data.image_size",
+        "mixing.group_size",
         "optimizer.learning_rate",
         "checkpoint.every_epochs",
         "checkpoint.keep",
@@ -40,8 +41,12 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"`config.{field}` must be positive, got {given[field]}.")
     not_negative = (
         "seed",
-        "data.max_shift",
         "data.num_threads",
+        "data.max_bad_fraction",
+        "augment.color_jitter",
+        "augment.max_shift",
+        "mixing.mixup_alpha",
+        "mixing.cutmix_alpha",
         "optimizer.warmup_epochs",
         "optimizer.warmup_learning_rate",
         "optimizer.min_learning_rate",
@@ -59,6 +64,14 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     for field in ("label_smoothing", "optimizer.b1", "optimizer.b2"):
         if not 0 <= given[field] < 1:
             raise ValueError(f"`config.{field}` must be in [0, 1), got {given[field]}.")
+    for field in ("mixing.switch_probability", "mixing.probability", "erasing_probability"):
+        if not 0 <= given[field] <= 1:
+            raise ValueError(f"`config.{field}` must be in [0, 1], got {given[field]}.")
+    if given["data.num_workers"] < -1:
+        raise ValueError(
+            "`config.data.num_workers` must be a number of processes, or -1 for one on each core, "
+            f"got {given['data.num_workers']}."
+        )
     for field in ("data.mean", "data.std"):
         if any(not isinstance(value, int | float) for value in given[field]):
             raise ValueError(f"`config.{field}` must be numbers, got {given[field]}.")

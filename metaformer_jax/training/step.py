@@ -84,6 +84,7 @@ class Engine:
         self.train_step = jax.jit(
             self._train_step, donate_argnums=0, out_shardings=(self.state_shardings, None)
         )
+        self.training_inputs = jax.jit(self._training_inputs)
         self.eval_step = jax.jit(self._eval_step, out_shardings=sharding.replicated(mesh))
 
     def _initial_state(self) -> TrainState:
@@ -130,13 +131,22 @@ class Engine:
         model.train()
         return model(images, rngs=nnx.Rngs(dropout=key))
 
+    def _keys(self, step: Int[Array, ""]) -> tuple[Array, Array]:
+        """What a step's images and its masks derive from."""
+        transform_key, dropout_key = jax.random.split(
+            jax.random.fold_in(jax.random.key(self._seed), step)
+        )
+        return transform_key, dropout_key
+
+    def _training_inputs(self, batch: Batch, step: Int[Array, ""]) -> tuple[Array, Array]:
+        """The images and targets that this step trains on."""
+        key, _ = self._keys(step)
+        return self._transform.training(batch["image"], batch["label"], key=key, mesh=self.mesh)
+
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One update. All randomness derives from the seed and the step's number."""
-        key = jax.random.fold_in(jax.random.key(self._seed), state.step)
-        transform_key, dropout_key = jax.random.split(key)
-        images, targets = self._transform.training(
-            batch["image"], batch["label"], key=transform_key, mesh=self.mesh
-        )
+        images, targets = self._training_inputs(batch, state.step)
+        _, dropout_key = self._keys(state.step)
 
         def loss_fn(params: Tree) -> tuple[Array, Array]:
             logits = self._logits(params, state.frozen, images, dropout_key)
@@ -158,7 +168,7 @@ class Engine:
         return new_state, metrics
 
     def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
-        """For each example its loss, prediction and that one's probability; label and mask."""
+        """For each example its loss, prediction and that one's probability, and what came along."""
         images = self._transform.evaluation(batch["image"])
         logits = self._logits(state.params, state.frozen, images, None)
         probabilities = jax.nn.softmax(logits)
@@ -168,4 +178,5 @@ class Engine:
             "probability": probabilities.max(-1),
             "label": batch["label"],
             "mask": batch["mask"],
+            "index": batch["index"],
         }

@@ -1,26 +1,38 @@
 """A training run from a config: the only place below the programs that sees a ConfigDict."""
 
+import contextlib
 import dataclasses
-import functools
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from metaformer_jax import models
-from metaformer_jax.data import loader, transforms
-from metaformer_jax.data.normalize import normalize
-from metaformer_jax.data.sources import Example, open_source
-from metaformer_jax.training import optim, pictures, settings, sharding
+from metaformer_jax.data import augment, loader
+from metaformer_jax.data.device import DeviceTransform, check_groups
+from metaformer_jax.data.randaugment import parse_policy
+from metaformer_jax.data.sources import open_source
+from metaformer_jax.data.transforms import decode
+from metaformer_jax.training import optim, settings, sharding
 from metaformer_jax.training.checkpoint import Checkpoints, has_checkpoint
+from metaformer_jax.training.feeding import PlacedBatches
 from metaformer_jax.training.metrics import MetricWriter, read_metrics
+from metaformer_jax.training.pictures import (
+    batch_figure,
+    draw_curves,
+    draw_misclassified,
+    save,
+    to_array,
+)
 from metaformer_jax.training.progress import TrainingProgress
 from metaformer_jax.training.step import Engine, TrainState
 from metaformer_jax.weights import hub
@@ -33,13 +45,17 @@ _MAX_PICTURED = 48
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Results over all evaluation examples, the last three in the order of the source."""
+    """Results over all evaluation examples; the arrays in the order of the source.
+
+    `indices` are places in the source: an example that cannot be read is left out.
+    """
 
     accuracy: float
     loss: float
     predictions: np.ndarray
     probabilities: np.ndarray
     labels: np.ndarray
+    indices: np.ndarray
 
 
 class Run:
@@ -55,22 +71,24 @@ class Run:
     def __init__(self, config: ml_collections.ConfigDict):
         settings.check_fields(config)
         self.config = config
-        self.train_source = open_source(
-            config.data.name, "train", image_size=config.data.image_size
-        )
-        self.eval_source = open_source(config.data.name, "test", image_size=config.data.image_size)
-        channels = self.train_source[0]["image"].shape[-1]
+        data = config.data
+        self.train_source = open_source(data.name, "train", root=data.root)
+        self.eval_source = open_source(data.name, "eval", root=data.root)
+        self.num_classes = len(self.train_source.class_names)
+        channels = self.train_source.channels
         for field in ("mean", "std"):
-            if len(config.data[field]) != channels:
+            if len(data[field]) != channels:
                 raise ValueError(
                     f"`config.data.{field}` must have one value for each of the {channels} "
-                    f"channels of {config.data.name!r}, got {tuple(config.data[field])}."
+                    f"channels of {data.name!r}, got {tuple(data[field])}."
                 )
         if config.batch_size > len(self.train_source):
             raise ValueError(
                 f"`config.batch_size` must be at most the {len(self.train_source):,} training "
-                f"examples of {config.data.name!r}, got {config.batch_size}."
+                f"examples of {data.name!r}, got {config.batch_size}."
             )
+        self.train_transform, self.eval_transform = _host_transforms(config)
+        self.workers = _workers(data)
         self.steps_per_epoch = len(self.train_source) / config.batch_size
         self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
         mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
@@ -95,14 +113,14 @@ class Run:
             weight_decay=config.optimizer.weight_decay,
             max_grad_norm=config.optimizer.max_grad_norm or None,
         )
+        device_transform = _device_transform(config, self.num_classes)
+        if device_transform.mixes:
+            check_groups(config.batch_size, mesh.size, device_transform.mixing_group_size)
         self.engine = Engine(
-            _model_builder(config, len(self.train_source.class_names), channels),
+            _model_builder(config, self.num_classes, channels),
             optimizer,
             mesh=mesh,
-            preprocess=functools.partial(
-                normalize, mean=tuple(config.data.mean), std=tuple(config.data.std)
-            ),
-            label_smoothing=config.label_smoothing,
+            transform=device_transform,
             seed=config.seed,
         )
 
@@ -139,33 +157,33 @@ class Run:
             fit_channels=True,
         )
 
-    def training_batches(self, start_step: int) -> Iterator[Any]:
-        """Batches on the devices, from a step on."""
-        batches = loader.training_batches(
+    @contextlib.contextmanager
+    def training_batches(self, start_step: int) -> Iterator[PlacedBatches]:
+        """Batches on the devices, from a step on; the workers end with the context."""
+        with loader.training_batches(
             self.train_source,
-            functools.partial(_augment, max_shift=self.config.data.max_shift),
-            batch_size=self.config.batch_size,
+            self.train_transform,
+            share=self._share(self.config.batch_size),
             seed=self.config.seed,
             start_step=start_step,
-            process_index=jax.process_index(),
-            num_processes=jax.process_count(),
-            num_threads=self.config.data.num_threads,
-        )
-        return (sharding.shard_batch(batch, self.engine.mesh) for batch in batches)
+            workers=self.workers,
+            max_bad_fraction=self.config.data.max_bad_fraction,
+        ) as batches:
+            yield PlacedBatches(batches, self.engine.mesh, fields=("image", "label"))
 
     def evaluate(self, state: TrainState) -> Evaluation:
         """Loss and accuracy over every evaluation example, once each."""
-        batches = loader.evaluation_batches(
+        with loader.evaluation_batches(
             self.eval_source,
-            lambda example: example,
-            batch_size=self.config.eval_batch_size,
-            process_index=jax.process_index(),
-            num_processes=jax.process_count(),
-        )
-        outputs = [
-            self.engine.eval_step(state, sharding.shard_batch(batch, self.engine.mesh))
-            for batch in batches
-        ]
+            self.eval_transform,
+            share=self._share(self.config.eval_batch_size),
+            workers=self.workers,
+            max_bad_fraction=self.config.data.max_bad_fraction,
+        ) as batches:
+            placed = PlacedBatches(
+                batches, self.engine.mesh, fields=("image", "label", "mask", "index")
+            )
+            outputs = [self.engine.eval_step(state, batch) for batch in placed]
         on_host = jax.device_get(outputs)
         columns = {key: np.concatenate([out[key] for out in on_host]) for key in on_host[0]}
         present = {key: column[columns["mask"]] for key, column in columns.items()}
@@ -175,12 +193,66 @@ class Run:
             predictions=present["prediction"],
             probabilities=present["probability"],
             labels=present["label"],
+            indices=present["index"],
+        )
+
+    def evaluation_image(self, index: int) -> UInt8[np.ndarray, "h w c"]:
+        """One image as the evaluation takes it, before it is normalised."""
+        record = self.eval_source[int(index)]
+        return self.eval_transform(decode(record["image"], channels=self.eval_source.channels))
+
+    def _share(self, batch_size: int) -> loader.Share:
+        return loader.Share(
+            batch_size=batch_size,
+            process_index=jax.process_index(),
+            num_processes=jax.process_count(),
         )
 
 
-def _augment(example: Example, rng: np.random.Generator, *, max_shift: int) -> Example:
-    image = transforms.random_shift(example["image"], max_shift, rng=rng)
-    return {"image": image, "label": example["label"]}
+def _host_transforms(
+    config: ml_collections.ConfigDict,
+) -> tuple[augment.TrainTransform, augment.EvalTransform]:
+    policy = config.augment.randaugment
+    train = augment.TrainTransform(
+        image_size=config.data.image_size,
+        crop=config.augment.crop,
+        crop_scale=tuple(config.augment.crop_scale),
+        crop_ratio=tuple(config.augment.crop_ratio),
+        interpolations=tuple(config.augment.interpolations),
+        flip_probability=config.augment.flip_probability,
+        randaugment=parse_policy(policy) if policy else None,
+        fill=tuple(round(255 * value) for value in config.data.mean),
+        three_augment=config.augment.three_augment,
+        color_jitter=config.augment.color_jitter,
+        max_shift=config.augment.max_shift,
+    )
+    evaluation = augment.EvalTransform(
+        image_size=config.data.image_size,
+        crop_fraction=config.eval_crop_fraction,
+        interpolation=config.eval_interpolation,
+    )
+    return train, evaluation
+
+
+def _workers(data: ml_collections.ConfigDict) -> loader.Workers:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_workers = data.num_workers if data.num_workers >= 0 else cores or 1
+    return loader.Workers(num_workers=num_workers, num_threads=data.num_threads)
+
+
+def _device_transform(config: ml_collections.ConfigDict, num_classes: int) -> DeviceTransform:
+    return DeviceTransform(
+        num_classes=num_classes,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        label_smoothing=config.label_smoothing,
+        mixup_alpha=config.mixing.mixup_alpha,
+        cutmix_alpha=config.mixing.cutmix_alpha,
+        switch_probability=config.mixing.switch_probability,
+        mixing_probability=config.mixing.probability,
+        mixing_group_size=config.mixing.group_size,
+        erasing_probability=config.erasing_probability,
+    )
 
 
 def _model_builder(
@@ -303,23 +375,32 @@ def _train_loop(
     console: Console,
 ) -> tuple[TrainState, Evaluation]:
     config, engine, total_steps = run.config, run.engine, run.total_steps
-    batches = run.training_batches(start_step)
-    console.print("compiling the training step ...")
     waiting: list[dict[str, jax.Array]] = []
+    num_replaced = 0
     figures = held_out = ""
     with (
+        run.training_batches(start_step) as batches,
         MetricWriter(workdir, start_step=start_step) as writer,
         TrainingProgress(console, total_steps=total_steps, start_step=start_step) as progress,
     ):
         for step in range(start_step + 1, total_steps + 1):
-            state, metrics = engine.train_step(state, next(batches))
+            batch = next(batches)
+            if step == start_step + 1:
+                console.print("compiling the training step ...")
+            if step == 1:
+                writer.write_picture(
+                    0, "train/batch", to_array(_batch_figure(run, batch, step - 1))
+                )
+            state, metrics = engine.train_step(state, batch)
             waiting.append(metrics)
+            num_replaced += batches.num_replaced
             save = run.is_due(config.checkpoint.every_epochs, step)
             # A row before every checkpoint: a resumed run then averages over the same steps.
             if step % config.log_every_steps == 0 or save:
                 row = _mean_over_steps(waiting, step)
-                waiting = []
                 row["learning_rate"] = float(run.schedule(step - 1))
+                row["replaced_examples"] = num_replaced
+                waiting, num_replaced = [], 0
                 writer.write(step, {f"train/{name}": value for name, value in row.items()})
                 figures = f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}{held_out}"
             progress.update(step, figures)
@@ -331,6 +412,37 @@ def _train_loop(
                 if save:
                     checkpoints.save(state, metrics=results)
     return state, evaluation
+
+
+def preview(
+    config: ml_collections.ConfigDict, output: pathlib.Path, *, console: Console | None = None
+) -> None:
+    """Draws the first training batch as the first step sees it, without the model.
+
+    Raises:
+        ValueError: the config is wrong.
+        OSError: the output cannot be written.
+    """
+    run = Run(config)
+    with run.training_batches(0) as batches:
+        save(_batch_figure(run, next(batches), 0), output)
+    (console or Console()).print(
+        f"the first training batch: {output}", highlight=False, soft_wrap=True
+    )
+
+
+def _batch_figure(run: Run, batch: dict[str, jax.Array], step: int) -> Figure:
+    inputs = run.engine.training_inputs(batch, jnp.int32(step))
+    images, targets = (
+        np.concatenate([shard.data for shard in array.addressable_shards])[:_MAX_PICTURED]
+        for array in inputs
+    )
+    return batch_figure(
+        images * np.array(run.config.data.std) + np.array(run.config.data.mean),
+        targets,
+        run.train_source.class_names,
+        title=f"training images of step {step + 1}",
+    )
 
 
 def _mean_over_steps(waiting: list[dict[str, jax.Array]], step: int) -> dict[str, float]:
@@ -372,19 +484,19 @@ def _describe(run: Run, workdir: pathlib.Path, start_step: int, console: Console
 
 
 def _report(run: Run, evaluation: Evaluation, workdir: pathlib.Path, console: Console) -> None:
-    pictures.draw_curves(read_metrics(workdir), workdir / "curves.png")
+    draw_curves(read_metrics(workdir), workdir / "curves.png")
     wrong = np.flatnonzero(evaluation.predictions != evaluation.labels)
     surest_first = wrong[np.argsort(-evaluation.probabilities[wrong], kind="stable")]
     names = run.eval_source.class_names
-    pictures.draw_misclassified(
+    draw_misclassified(
         [
             (
-                run.eval_source[index]["image"],
-                names[evaluation.labels[index]],
-                names[evaluation.predictions[index]],
-                float(evaluation.probabilities[index]),
+                run.evaluation_image(evaluation.indices[row]),
+                names[evaluation.labels[row]],
+                names[evaluation.predictions[row]],
+                float(evaluation.probabilities[row]),
             )
-            for index in surest_first[:_MAX_PICTURED].tolist()
+            for row in surest_first[:_MAX_PICTURED].tolist()
         ],
         workdir / "misclassified.png",
         title=f"{len(wrong)} of {len(evaluation.labels)} misclassified",
