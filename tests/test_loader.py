@@ -16,6 +16,7 @@ from PIL import Image
 
 from metaformer_jax.data import loader
 from metaformer_jax.data.loader import DataError, Share, Workers
+from metaformer_jax.data.transforms import decode
 
 
 def _encode(value):
@@ -43,9 +44,13 @@ class Numbers:
         return f"number {index}"
 
 
-def _noisy(image, rng):
-    value = np.asarray(image)[0, 0]
+def _noisy(data, rng):
+    value = np.asarray(decode(data, channels=1))[0, 0]
     return np.append(rng.integers(0, 256, 15, np.uint8), value).reshape(4, 4, 1)
+
+
+def _pixels(data):
+    return np.atleast_3d(decode(data, channels=1))
 
 
 def _training(
@@ -66,7 +71,7 @@ def _training(
 def _evaluation(source=None, max_bad_fraction=0.0, **share):
     with loader.evaluation_batches(
         source or Numbers(10),
-        np.atleast_3d,
+        _pixels,
         share=Share(**share),
         max_bad_fraction=max_bad_fraction,
     ) as batches:
@@ -214,9 +219,9 @@ def test_a_killed_worker_ends_the_run_with_an_error():
     assert not multiprocessing.active_children()
 
 
-def test_workers_end_with_a_killed_parent(tmp_path):
+def test_workers_end_with_a_killed_parent_and_leave_no_memory(tmp_path):
     program = """
-        import multiprocessing, os, signal, sys
+        import multiprocessing, os, pathlib, re, signal, sys, time
         sys.path.insert(0, TESTS)
         from test_loader import Numbers, _noisy
         from metaformer_jax.data import loader
@@ -228,16 +233,19 @@ def test_workers_end_with_a_killed_parent(tmp_path):
                 Numbers(64), _noisy, share=share, seed=0, workers=workers
             )
             next(batches)
-            print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+            pids = [child.pid for child in multiprocessing.active_children()]
+            maps = [pathlib.Path(f"/proc/{pid}/maps").read_text() for pid in (*pids, os.getpid())]
+            print(*pids)
+            print(*re.findall("/dev/shm/psm_[0-9a-f]+", "".join(maps)), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """
     script = tmp_path / "program.py"
     tests = repr(str(pathlib.Path(__file__).parent))
     script.write_text(textwrap.dedent(program).replace("TESTS", tests))
-    before = set(pathlib.Path("/dev/shm").iterdir())
     result = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True)
     assert result.returncode == -signal.SIGKILL
-    pids = [int(pid) for pid in result.stdout.split()]
+    pids, memory = (line.split() for line in result.stdout.splitlines())
     assert len(pids) == 2
-    _wait_until(lambda: not any(pathlib.Path(f"/proc/{pid}/cmdline").exists() for pid in pids))
-    _wait_until(lambda: set(pathlib.Path("/dev/shm").iterdir()) <= before)
+    assert memory
+    paths = [pathlib.Path(f"/proc/{pid}/cmdline") for pid in pids] + [*map(pathlib.Path, memory)]
+    _wait_until(lambda: not any(path.exists() for path in paths))

@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn.datasets import load_sample_images
 
 from metaformer_jax.data import transforms
+from metaformer_jax.data.augment import TrainTransform
 from metaformer_jax.data.transforms import BadImageError, decode
 
 FIGURES = np.load(reference.DATA / "eval_transform.npz")
@@ -173,11 +174,14 @@ def test_what_never_fits_is_the_middle_of_an_allowed_shape(size, expected):
     assert transforms.crop_box(1, 1, rng=rng(), scale=(1.0, 1.0)) == (0, 0, 1, 1)
 
 
-def test_a_crop_is_cut_out_and_then_resized_by_one_of_the_filters():
+@pytest.mark.parametrize("data", [encoded(), encoded(PHOTO.convert("CMYK")), encoded(kind="PNG")])
+def test_a_crop_is_cut_out_and_then_resized_by_one_of_the_filters(data):
+    transform = TrainTransform(image_size=32, flip_probability=0.0)
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
     used = []
     for seed in range(400):
-        actual = np.asarray(transforms.random_resized_crop(PHOTO, 32, rng=rng(seed)))
-        part = PHOTO.crop(transforms.crop_box(*PHOTO.size, rng=rng(seed)))
+        actual = transform(data, rng(seed))
+        part = whole.crop(transforms.crop_box(*whole.size, rng=rng(seed)))
         matches = [
             np.array_equal(actual, part.resize((32, 32), filter))
             for filter in (transforms.BILINEAR, transforms.BICUBIC)
@@ -185,6 +189,25 @@ def test_a_crop_is_cut_out_and_then_resized_by_one_of_the_filters():
         assert sum(matches) == 1
         used.append(matches[1])
     assert np.mean(used) == pytest.approx(0.5, abs=0.1)
+
+
+def test_without_a_crop_the_whole_image_becomes_a_square():
+    pixels = rng().integers(0, 256, (9, 12), np.uint8)
+    settings = {"crop": "none", "interpolations": ("bicubic",), "flip_probability": 0.0}
+    transform = TrainTransform(image_size=20, channels=1, **settings)
+    squeezed = transform(encoded(Image.fromarray(pixels), "PNG"), rng())
+    assert squeezed.shape == (20, 20, 1)
+    expected = Image.fromarray(pixels).resize((20, 20), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(squeezed[..., 0], expected)
+
+
+def test_a_recipe_of_ones_own_takes_each_part():
+    settings = {"crop": "simple", "three_augment": True, "color_jitter": 0.3, "max_shift": 2}
+    transform = TrainTransform(image_size=32, **settings)
+    first, again, other = (transform(encoded(), rng(seed)) for seed in (1, 1, 2))
+    assert first.shape == (32, 32, 3)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
 
 
 def test_half_of_the_images_are_mirrored():
@@ -196,14 +219,6 @@ def test_half_of_the_images_are_mirrored():
         np.array_equal(r, mirrored if f else PHOTO) for r, f in zip(results, flipped, strict=True)
     )
     assert np.mean(flipped) == pytest.approx(0.5, abs=0.1)
-
-
-def test_resize_takes_the_whole_image_by_the_bicubic_filter():
-    image = Image.fromarray(rng().integers(0, 256, (9, 12), np.uint8))
-    resized = transforms.to_array(transforms.resize(image, 20))
-    assert resized.shape == (20, 20, 1)
-    expected = np.asarray(image.resize((20, 20), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(resized[..., 0], expected)
 
 
 def test_shifts_reach_every_offset_alike_and_bring_in_black():

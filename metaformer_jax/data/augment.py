@@ -1,6 +1,7 @@
 """The transforms of a recipe in their order, as values that travel to worker processes."""
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,12 +21,15 @@ INTERPOLATIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """Crop, flip, then what is asked for of RandAugment, three-augment, jitter and shifts.
+    """From an image file's content to a training image, by the generator that comes with it.
+
+    Crop, flip, then what is asked for of RandAugment, three-augment, jitter and shifts.
 
     Attributes:
         image_size: pixels per side of the result.
-        crop: `"random_resized"`, `"simple"` or `"none"`, see `transforms`; the last resizes the
-            whole image to a square.
+        channels: 3, or 1 for grey images.
+        crop: `"random_resized"` (a `crop_box` resized to a square), `"simple"` (see
+            `simple_random_crop`) or `"none"` (the whole image resized to a square).
         crop_scale: least and greatest part of the area.
         crop_ratio: least and greatest width over height.
         interpolations: names of the filters that one is drawn from for each image.
@@ -41,6 +45,7 @@ class TrainTransform:
     """
 
     image_size: int
+    channels: int = 3
     crop: str = "random_resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -68,8 +73,8 @@ class TrainTransform:
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"`flip_probability` must be in [0, 1], got {self.flip_probability}.")
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> UInt8[np.ndarray, "h w c"]:
-        image = self._crop(image, rng)
+    def __call__(self, data: bytes, rng: np.random.Generator) -> UInt8[np.ndarray, "h w c"]:
+        image = self._decode_and_crop(data, rng)
         image = transforms.random_flip(image, rng=rng, probability=self.flip_probability)
         if self.randaugment is not None:
             image = randaugment(image, rng=rng, policy=self.randaugment, fill=self.fill)
@@ -82,27 +87,27 @@ class TrainTransform:
             image = transforms.random_shift(image, self.max_shift, rng=rng)
         return transforms.to_array(image)
 
-    def _crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        if self.crop == "none":
-            return transforms.resize(image, self.image_size)
+    def _decode_and_crop(self, data: bytes, rng: np.random.Generator) -> Image.Image:
         if self.crop == "simple":
+            image = transforms.decode(data, channels=self.channels)
             return transforms.simple_random_crop(image, self.image_size, rng=rng)
-        return transforms.random_resized_crop(
-            image,
-            self.image_size,
-            rng=rng,
-            scale=self.crop_scale,
-            ratio=self.crop_ratio,
-            interpolations=tuple(INTERPOLATIONS[name] for name in self.interpolations),
-        )
+        box = None
+        if self.crop == "random_resized":
+            box = functools.partial(
+                transforms.crop_box, rng=rng, scale=self.crop_scale, ratio=self.crop_ratio
+            )
+        image = transforms.decode(data, channels=self.channels, crop=box)
+        interpolation = self.interpolations[rng.integers(len(self.interpolations))]
+        return image.resize((self.image_size, self.image_size), INTERPOLATIONS[interpolation])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalTransform:
-    """Resizes the short side and takes the middle, see `transforms.evaluation_transform`.
+    """From an image file's content to an evaluation image, see `transforms.evaluation_transform`.
 
     Attributes:
         image_size: pixels per side of the result.
+        channels: 3, or 1 for grey images.
         crop_fraction: part of the resized short side that the result takes.
         interpolation: the filter's name.
 
@@ -111,6 +116,7 @@ class EvalTransform:
     """
 
     image_size: int
+    channels: int = 3
     crop_fraction: float = 1.0
     interpolation: str = "bicubic"
 
@@ -119,9 +125,9 @@ class EvalTransform:
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"`crop_fraction` must be in (0, 1], got {self.crop_fraction}.")
 
-    def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
+    def __call__(self, data: bytes) -> UInt8[np.ndarray, "h w c"]:
         image = transforms.evaluation_transform(
-            image,
+            transforms.decode(data, channels=self.channels),
             self.image_size,
             crop_fraction=self.crop_fraction,
             interpolation=INTERPOLATIONS[self.interpolation],

@@ -16,18 +16,17 @@ import grain
 import numpy as np
 from absl import flags
 from jaxtyping import Bool, Int32, UInt8
-from PIL import Image
 
-from metaformer_jax.data.sources import Source
-from metaformer_jax.data.transforms import BadImageError, decode
+from metaformer_jax.data.sources import BadRecordError, Source
+from metaformer_jax.data.transforms import decode
 
 # Workers hand over so many images at a time: a batch is soon there, as all of them work at it.
 _MAX_CHUNK = 16
 # Bad examples in a row before the data set is given up.
 _MAX_NEIGHBOURS = 100
 
-TrainTransform = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "h w c"]]
-EvalTransform = Callable[[Image.Image], UInt8[np.ndarray, "h w c"]]
+TrainTransform = Callable[[bytes, np.random.Generator], UInt8[np.ndarray, "h w c"]]
+EvalTransform = Callable[[bytes], UInt8[np.ndarray, "h w c"]]
 
 
 class DataError(RuntimeError):
@@ -204,7 +203,7 @@ def training_batches(
 
     Args:
         source: the examples.
-        transform: the augmentation; its generator is the example's own in each epoch.
+        transform: decodes and augments; its generator is the example's own in each epoch.
         share: the batch and this process's part of it.
         seed: order and augmentation.
         start_step: the first batch is that of this step; those before are not read.
@@ -237,7 +236,7 @@ def evaluation_batches(
     Raises:
         DataError: while iterating, when there are more bad examples, or a worker has died.
     """
-    load = _Load(source, lambda image, _: transform(image))
+    load = _Load(source, lambda data, _: transform(data))
     chunks = _Chunks(lambda index: load(index, None), share, 0, end=len(source))
     return Batches(
         chunks, source, share, workers=workers or Workers(), max_bad_fraction=max_bad_fraction
@@ -246,10 +245,10 @@ def evaluation_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    """Reads, decodes and transforms one example, or the nearest after it that can be read."""
+    """Reads and transforms one example, or the nearest after it that can be read."""
 
     source: Source
-    transform: Callable[[Image.Image, Any], UInt8[np.ndarray, "h w c"]]
+    transform: Callable[[bytes, Any], UInt8[np.ndarray, "h w c"]]
 
     def __call__(self, index: int, rng: np.random.Generator | None) -> Example:
         index = int(index)
@@ -257,11 +256,11 @@ class _Load:
             position = neighbour % len(self.source)
             try:
                 record = self.source[position]
-                image = decode(record["image"], channels=self.source.channels)
-            except (BadImageError, OSError):
+                image = self.transform(record["image"], rng)
+            except (BadRecordError, OSError):
                 continue
             return {
-                "image": self.transform(image, rng),
+                "image": image,
                 "label": record["label"],
                 "index": index,
                 "bad": index if position != index else -1,
@@ -312,7 +311,7 @@ class _Chunks:
 def _why_bad(source: Source, index: int) -> str:
     try:
         decode(source[index]["image"], channels=source.channels)
-    except (BadImageError, OSError) as error:
+    except (BadRecordError, OSError) as error:
         return f"{source.describe(index)}: {error}"
     return f"{source.describe(index)}: it could not be read, and now can"
 

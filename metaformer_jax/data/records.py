@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from metaformer_jax.data import storage
-from metaformer_jax.data.sources import checked_index
+from metaformer_jax.data.sources import BadRecordError, checked_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ArrayRecords(ShardPositions):
             return self._readers[number].read([position])[0]
         # Whatever is wrong, the reader raises this; it compares a hash of every record.
         except (RuntimeError, IndexError) as error:
-            raise ValueError(
+            raise BadRecordError(
                 f"{self.describe(index)} cannot be read: {error}. Copy or prepare the file again."
             ) from error
 

@@ -8,6 +8,10 @@ import numpy as np
 from PIL import Image
 
 
+class BadRecordError(ValueError):
+    """One record cannot be read; the others may be."""
+
+
 class Record(TypedDict):
     """One labelled image as it is stored: the content of an image file, and a class number."""
 

@@ -5,7 +5,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from metaformer_jax.data import tfds_metadata
 from metaformer_jax.data.records import ArrayRecords, Records
-from metaformer_jax.data.sources import Record
+from metaformer_jax.data.sources import BadRecordError, Record
 from metaformer_jax.data.tfrecord import TfRecords
 
 
@@ -50,7 +50,7 @@ class TfdsSource:
             (image,) = features[self._image_key].bytes_list.value
             (label,) = features[self._label_key].int64_list.value
         except (DecodeError, ValueError) as error:
-            raise ValueError(
+            raise BadRecordError(
                 f"{self.describe(index)} must be an example with one {self._image_key!r} and one "
                 f"{self._label_key!r}, got something else ({error}). Prepare the data set again."
             ) from error

@@ -21,6 +21,7 @@ import numpy as np
 
 from metaformer_jax.data import storage
 from metaformer_jax.data.records import Shard, ShardPositions, check_present, wrong_count
+from metaformer_jax.data.sources import BadRecordError
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -142,8 +143,8 @@ def _read_checked(file: storage.RangeFile, start: int, end: int) -> bytes | None
     return data if whole else None
 
 
-def _damaged(description: str) -> ValueError:
-    return ValueError(
+def _damaged(description: str) -> BadRecordError:
+    return BadRecordError(
         f"{description} must have the checksum that is stored with it, got another. The file is "
         "damaged: copy or prepare it again."
     )

@@ -7,11 +7,14 @@ import functools
 import io
 import math
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from metaformer_jax.data.sources import BadRecordError
 
 try:
     import simplejpeg
@@ -23,13 +26,17 @@ BICUBIC = Image.Resampling.BICUBIC
 
 _MODES = {1: "L", 3: "RGB"}
 _CROP_TRIES = 10
+# Above these Pillow has its say.
+_MAX_PIXELS = 10**8
+
+Crop = Callable[[int, int], tuple[int, int, int, int]]
 
 
-class BadImageError(ValueError):
+class BadImageError(BadRecordError):
     """The bytes are not a whole image."""
 
 
-def decode(data: bytes, *, channels: int) -> Image.Image:
+def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Image:
     """An image of mode RGB or L from the content of an image file.
 
     Whatever Pillow reads, converted as it converts. As in the published pipeline an orientation
@@ -38,6 +45,8 @@ def decode(data: bytes, *, channels: int) -> Image.Image:
     Args:
         data: the file's content.
         channels: 3 or 1.
+        crop: from width and height to the (left, top, right, bottom) that is wanted; by default
+            all.
 
     Raises:
         BadImageError: it is no image, cut short or damaged, or has more than 179 million pixels.
@@ -45,14 +54,15 @@ def decode(data: bytes, *, channels: int) -> Image.Image:
     """
     if channels not in _MODES:
         raise ValueError(f"`channels` must be 1 or 3, got {channels}.")
-    if simplejpeg is not None and channels == 3 and data[:3] == b"\xff\xd8\xff":
-        image = _decode_jpeg(data)
-        if image is not None:
-            return image
+    pixels = _decode_jpeg(data) if channels == 3 else None
+    if pixels is not None:
+        height, width, _ = pixels.shape
+        left, top, right, bottom = crop(width, height) if crop else (0, 0, width, height)
+        return Image.fromarray(pixels[top:bottom, left:right])
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+        opened = Image.open(io.BytesIO(data))
+        opened.load()
+        image = opened if opened.mode == _MODES[channels] else opened.convert(_MODES[channels])
     # Each format's reader fails in its own way.
     except (
         OSError,
@@ -69,16 +79,19 @@ def decode(data: bytes, *, channels: int) -> Image.Image:
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"{len(data)} bytes that are no image"
         raise BadImageError(reason) from error
+    return image.crop(crop(*image.size)) if crop else image
 
 
-def _decode_jpeg(data: bytes) -> Image.Image | None:
-    # The library that Pillow has inside, and so its pixels, without Pillow's detours. What it
-    # does not take (CMYK), or finds damaged, is left to Pillow.
+def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
+    # The library that Pillow has inside, and so its pixels, of which only the wanted part is
+    # copied into Pillow's form. What is damaged, or converted otherwise (CMYK), is left to Pillow.
+    if simplejpeg is None or data[:3] != b"\xff\xd8\xff":
+        return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if colorspace == "CMYK" or height * width > Image.MAX_IMAGE_PIXELS:
+        if height * width > _MAX_PIXELS or colorspace in ("CMYK", "YCCK"):
             return None
-        return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
+        return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
 
@@ -89,35 +102,6 @@ def to_array(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def resize(image: Image.Image, size: int) -> Image.Image:
-    """The whole image as a square of `size` pixels, by the bicubic filter."""
-    return image.resize((size, size), BICUBIC)
-
-
-def random_resized_crop(
-    image: Image.Image,
-    size: int,
-    *,
-    rng: np.random.Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    interpolations: tuple[Image.Resampling, ...] = (BILINEAR, BICUBIC),
-) -> Image.Image:
-    """A part of random size, place and shape, then resized to a square (https://arxiv.org/abs/1409.4842).
-
-    Args:
-        image: the image.
-        size: pixels per side of the result.
-        rng: randomness.
-        scale: least and greatest part of the area.
-        ratio: least and greatest width over height.
-        interpolations: filters, of which one is drawn.
-    """
-    box = crop_box(image.width, image.height, rng=rng, scale=scale, ratio=ratio)
-    chosen = interpolations[rng.integers(len(interpolations))]
-    return image.crop(box).resize((size, size), chosen)
-
-
 def crop_box(
     width: int,
     height: int,
@@ -126,10 +110,20 @@ def crop_box(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """The (left, top, right, bottom) that `random_resized_crop` takes, in pixels.
+    """A part of random size, shape and place (https://arxiv.org/abs/1409.4842).
 
     The area is drawn uniformly, the shape uniformly in its logarithm. What fits in none of ten
     tries is the largest part in the middle whose shape is allowed.
+
+    Args:
+        width: the image's, in pixels.
+        height: likewise.
+        rng: randomness.
+        scale: least and greatest part of the area.
+        ratio: least and greatest width over height.
+
+    Returns:
+        (left, top, right, bottom), in pixels.
     """
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_TRIES):

@@ -21,7 +21,6 @@ from metaformer_jax.data import augment, loader
 from metaformer_jax.data.device import DeviceTransform, check_groups
 from metaformer_jax.data.randaugment import parse_policy
 from metaformer_jax.data.sources import open_source
-from metaformer_jax.data.transforms import decode
 from metaformer_jax.training import optim, settings, sharding
 from metaformer_jax.training.checkpoint import Checkpoints, has_checkpoint
 from metaformer_jax.training.feeding import PlacedBatches
@@ -87,7 +86,7 @@ class Run:
                 f"`config.batch_size` must be at most the {len(self.train_source):,} training "
                 f"examples of {data.name!r}, got {config.batch_size}."
             )
-        self.train_transform, self.eval_transform = _host_transforms(config)
+        self.train_transform, self.eval_transform = _host_transforms(config, channels)
         self.workers = _workers(data)
         self.steps_per_epoch = len(self.train_source) / config.batch_size
         self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
@@ -198,8 +197,7 @@ class Run:
 
     def evaluation_image(self, index: int) -> UInt8[np.ndarray, "h w c"]:
         """One image as the evaluation takes it, before it is normalised."""
-        record = self.eval_source[int(index)]
-        return self.eval_transform(decode(record["image"], channels=self.eval_source.channels))
+        return self.eval_transform(self.eval_source[int(index)]["image"])
 
     def _share(self, batch_size: int) -> loader.Share:
         return loader.Share(
@@ -210,11 +208,12 @@ class Run:
 
 
 def _host_transforms(
-    config: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict, channels: int
 ) -> tuple[augment.TrainTransform, augment.EvalTransform]:
     policy = config.augment.randaugment
     train = augment.TrainTransform(
         image_size=config.data.image_size,
+        channels=channels,
         crop=config.augment.crop,
         crop_scale=tuple(config.augment.crop_scale),
         crop_ratio=tuple(config.augment.crop_ratio),
@@ -228,6 +227,7 @@ def _host_transforms(
     )
     evaluation = augment.EvalTransform(
         image_size=config.data.image_size,
+        channels=channels,
         crop_fraction=config.eval_crop_fraction,
         interpolation=config.eval_interpolation,
     )
