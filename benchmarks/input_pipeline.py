@@ -1,21 +1,25 @@
 """Images per second from JPEG files to batches, beside timm's transforms under torch's DataLoader.
 
-    python benchmarks/input_pipeline.py [--images 400] [--num-workers 2] [--rounds 5]
+    PYTHONPATH=.:tests python benchmarks/input_pipeline.py [--num-workers 2] [--rounds 5]
 
 Both read the same files (made here: see `write_photos`), do the same transforms and give batches
 of uint8 images; they take turns, and the median of the rounds counts. timm and torch are needed
-for the comparison (`--alone` leaves them out).
+for the comparison (`--alone` leaves them out). Then the time of reading one record in each form,
+and of the first batch.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
+import os
 import pathlib
 import statistics
 import tempfile
 import time
 
+import fake_imagenet
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -23,15 +27,21 @@ from metaformer_jax.data import loader
 from metaformer_jax.data.augment import TrainTransform
 from metaformer_jax.data.folder import ImageFolder
 from metaformer_jax.data.randaugment import parse_policy
+from metaformer_jax.data.sources import open_source
 
 POLICY = "rand-m9-mstd0.5-inc1"
 BATCH_SIZE = 64
+# What stands ready when a loader's turn begins does not count: it was made in the other's.
+SKIPPED, COUNTED = 8, 30
+# Each photo has so many names: drawing the order costs more per image in a small set than in
+# ImageNet.
+NAMES = 16
 
 
 def write_photos(root, count):
     """A folder of photographs: parts of two real ones with the noise of a camera.
 
-    About 500x375 pixels and 110 kB as ImageNet's. One in ten is unusual: CMYK, grey, progressive,
+    About 500x375 pixels as in ImageNet. Seven in sixty are unusual: CMYK, grey, progressive,
     rotated by EXIF, tiny, or a PNG named JPEG.
     """
     from sklearn.datasets import load_sample_images
@@ -54,7 +64,10 @@ def write_photos(root, count):
         image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
         folder = root / ("train" if index >= count // 8 else "val") / f"n{index % 4:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        _save(image, folder / f"{index:05d}.JPEG", index % 60)
+        path = folder / f"{index:05d}.JPEG"
+        _save(image, path, index % 60)
+        for name in range(1, NAMES):
+            path.with_name(f"{index:05d}_{name:02d}.JPEG").hardlink_to(path)
 
 
 def _save(image, path, kind):
@@ -83,7 +96,7 @@ def ours(root, transform, num_workers, *, start_step=0):
         share=loader.Share(batch_size=BATCH_SIZE),
         seed=0,
         start_step=start_step,
-        workers=loader.Workers(num_workers=num_workers, num_threads=1 if num_workers else 2),
+        workers=loader.Workers(num_workers=num_workers, num_threads=0 if num_workers else 2),
     )
 
 
@@ -153,7 +166,7 @@ def seconds_to_first(make):
 
 def single_core(root, transform, timm_transform, rounds):
     """Images per second of decoding and transforming alone, in one thread."""
-    data = [path.read_bytes() for path in sorted(root.glob("train/*/*"))][:200]
+    data = [path.read_bytes() for path in sorted(root.glob("train/*/?????.JPEG"))][:200]
     rng = np.random.default_rng(0)
     speeds = {"ours": [], "timm": []}
     for _ in range(rounds):
@@ -175,17 +188,47 @@ def loaders(root, transform, policy, num_workers, rounds, alone):
     iterators = {"ours": ours(root, transform, num_workers)}
     if not alone:
         iterators["timm"] = iter(timms(root, policy, num_workers))
-    for iterator in iterators.values():
-        images_per_second(iterator, 6)
     for _ in range(rounds):
         for name, iterator in iterators.items():
-            # What was made ahead while the other ran does not count.
-            images_per_second(iterator, 6)
-            speeds[name].append(images_per_second(iterator, 12))
+            images_per_second(iterator, SKIPPED)
+            speeds[name].append(images_per_second(iterator, COUNTED))
     iterators["ours"].close()
     # Its workers end with it, before the files go.
     iterators.pop("timm", None)
     return speeds
+
+
+def microseconds_per_record(root, records_root, rounds):
+    """Reading one record of a photo's size at random, by the form that it is stored in."""
+    photos = [path.read_bytes() for path in sorted(root.glob("train/*/?????.JPEG"))]
+    examples = [
+        fake_imagenet.example(photo, index % 3)
+        for index, photo in enumerate(itertools.islice(itertools.cycle(photos), 2000))
+    ]
+    sources = {"folder": ImageFolder(root, "train")}
+    for form in ("tfrecord", "array_record"):
+        fake_imagenet.write_dataset(
+            records_root / form, form, records={"train": examples}, num_shards={"train": 4}
+        )
+        sources[form] = open_source("imagenet2012", "train", root=str(records_root / form))
+    order = np.random.default_rng(0).permutation(2000).tolist()
+    times = {form: [] for form in sources}
+    for _ in range(rounds):
+        for form, source in sources.items():
+            start = time.perf_counter()
+            for index in order:
+                source[index]
+            times[form].append((time.perf_counter() - start) / len(order) * 1e6)
+    return {form: statistics.median(values) for form, values in times.items()}
+
+
+@contextlib.contextmanager
+def without_index_left():
+    """The index of TFRecord files goes into a folder that goes."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["METAFORMER_JAX_CACHE"] = cache
+        yield
+        del os.environ["METAFORMER_JAX_CACHE"]
 
 
 def report(what, speeds):
@@ -214,7 +257,8 @@ def main():
         root = pathlib.Path(name)
         write_photos(root, args.images)
         sizes = [path.stat().st_size for path in root.glob("*/*/*")]
-        print(f"{len(sizes)} files of {statistics.mean(sizes) / 1000:.0f} kB; images per second:")
+        size = statistics.mean(sizes) / 1000
+        print(f"{args.images} photos of {size:.0f} kB under {len(sizes)} names; images per second:")
         for policy in (POLICY, None):
             transform = TrainTransform(
                 image_size=224, randaugment=parse_policy(policy) if policy else None
@@ -224,6 +268,10 @@ def main():
             report(f"one thread, {what}", single_core(root, transform, theirs, args.rounds))
             speeds = loaders(root, transform, policy, args.num_workers, args.rounds, args.alone)
             report(f"{args.num_workers} workers, {what}", speeds)
+        with tempfile.TemporaryDirectory() as records, without_index_left():
+            times = microseconds_per_record(root, pathlib.Path(records), args.rounds)
+        for form, microseconds in times.items():
+            print(f"one record, {form}: {microseconds:.0f} us")
         for num_workers in (0, args.num_workers):
             for start_step in (0, 1_000_000):
                 make = functools.partial(ours, root, transform, num_workers, start_step=start_step)

@@ -219,33 +219,62 @@ def test_a_killed_worker_ends_the_run_with_an_error():
     assert not multiprocessing.active_children()
 
 
-def test_workers_end_with_a_killed_parent_and_leave_no_memory(tmp_path):
-    program = """
-        import multiprocessing, os, pathlib, re, signal, sys, time
+def large(data, rng):
+    """Of a size that workers hand over in shared memory."""
+    del data
+    return rng.integers(0, 256, (64, 64, 3), np.uint8)
+
+
+def _run(program, tmp_path):
+    """Ends as the program does; it begins with two workers and their batches."""
+    start = """
+        import multiprocessing, os, pathlib, re, signal, sys
         sys.path.insert(0, TESTS)
-        from test_loader import Numbers, _noisy
+        from test_loader import Numbers, large
         from metaformer_jax.data import loader
 
-        if __name__ == "__main__":
-            workers = loader.Workers(num_workers=2, num_threads=1)
-            share = loader.Share(batch_size=32)
-            batches = loader.training_batches(
-                Numbers(64), _noisy, share=share, seed=0, workers=workers
+        def batches():
+            return loader.training_batches(
+                Numbers(64),
+                large,
+                share=loader.Share(batch_size=16),
+                seed=0,
+                workers=loader.Workers(num_workers=2, num_threads=1),
             )
-            next(batches)
+    """
+    tests = repr(str(pathlib.Path(__file__).parent))
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(start).replace("TESTS", tests) + textwrap.dedent(program))
+    return subprocess.run([sys.executable, script], capture_output=True, text=True)
+
+
+def test_workers_end_with_a_killed_parent_and_leave_no_memory(tmp_path):
+    program = """
+        if __name__ == "__main__":
+            running = batches()
+            next(running)
             pids = [child.pid for child in multiprocessing.active_children()]
             maps = [pathlib.Path(f"/proc/{pid}/maps").read_text() for pid in (*pids, os.getpid())]
             print(*pids)
             print(*re.findall("/dev/shm/psm_[0-9a-f]+", "".join(maps)), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    script = tmp_path / "program.py"
-    tests = repr(str(pathlib.Path(__file__).parent))
-    script.write_text(textwrap.dedent(program).replace("TESTS", tests))
-    result = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    result = _run(program, tmp_path)
     assert result.returncode == -signal.SIGKILL
     pids, memory = (line.split() for line in result.stdout.splitlines())
     assert len(pids) == 2
     assert memory
     paths = [pathlib.Path(f"/proc/{pid}/cmdline") for pid in pids] + [*map(pathlib.Path, memory)]
     _wait_until(lambda: not any(path.exists() for path in paths))
+
+
+def test_a_batch_that_is_kept_holds_none_of_the_workers_memory(tmp_path):
+    program = """
+        if __name__ == "__main__":
+            with batches() as running:
+                kept = [next(running) for _ in range(3)]
+            print(sum(batch["image"].size for batch in kept))
+    """
+    result = _run(program, tmp_path)
+    # Memory that is left behind is told at the end.
+    assert (result.stdout, result.stderr) == (f"{3 * 16 * 64 * 64 * 3}\n", "")

@@ -22,6 +22,8 @@ from metaformer_jax.data.transforms import decode
 
 # Workers hand over so many images at a time: a batch is soon there, as all of them work at it.
 _MAX_CHUNK = 16
+# Below it a copy is cheaper than a segment of shared memory.
+_MIN_SHARED_BYTES = 2**14
 # Bad examples in a row before the data set is given up.
 _MAX_NEIGHBOURS = 100
 
@@ -66,7 +68,7 @@ class Workers:
     """
 
     num_workers: int = 0
-    num_threads: int = 4
+    num_threads: int = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,11 @@ class Batches(Iterator[Batch]):
         options = grain.ReadOptions(
             num_threads=workers.num_threads, prefetch_buffer_size=2 * max(1, workers.num_threads)
         )
-        dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
+        dataset = grain.experimental.WithOptionsIterDataset(
+            grain.MapDataset.source(chunks).to_iter_dataset(options),
+            # Labels and their like travel with the message.
+            grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES),
+        )
         if workers.num_workers:
             # Grain reads its flags, which only absl's own programs parse.
             if not flags.FLAGS.is_parsed():
@@ -147,7 +153,7 @@ class Batches(Iterator[Batch]):
                 ),
                 worker_init_fn=_start_worker,
             )
-        self._iterator = iter(dataset)
+        self._iterator: Iterator[Any] = iter(dataset)
 
     def __enter__(self) -> Self:
         return self
@@ -156,8 +162,10 @@ class Batches(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._iterator.close()
+        """Ends the workers, and with them the batches."""
+        closed, self._iterator = self._iterator, iter(())
+        if hasattr(closed, "close"):
+            closed.close()
 
     def __next__(self) -> Batch:
         try:
@@ -169,9 +177,8 @@ class Batches(Iterator[Batch]):
                 f"A worker that reads data has died: {error} Was it killed for want of memory? "
                 "Lower `data.num_workers`; the last checkpoint is good."
             ) from error
-        batch = chunks[0]
-        if len(chunks) > 1:
-            batch = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in batch}
+        # A copy in any case: what the workers share goes with them.
+        batch: Any = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
         self._note_bad(batch["bad"])
         return batch
 

@@ -51,7 +51,7 @@ def base_config() -> ml_collections.ConfigDict:
     # Processes that read and transform beside the main one; -1 takes one for each core.
     config.data.num_workers = -1
     # Threads that do so in each of them, or in the main process where there are none.
-    config.data.num_threads = 4
+    config.data.num_threads = 2
     # Images that cannot be read are replaced, up to this fraction of the training examples.
     config.data.max_bad_fraction = 1e-3
 
