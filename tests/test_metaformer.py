@@ -10,6 +10,7 @@ from metaformer_jax.models import (
     FAMILIES,
     Attention,
     ConvGeometry,
+    ImageKeys,
     MetaFormer,
     MetaFormerSpec,
     MlpHead,
@@ -86,6 +87,40 @@ def test_keys_given_to_the_call_decide_every_mask(images):
     first = model(images, rngs=nnx.Rngs(dropout=1))
     np.testing.assert_array_equal(first, model(images, rngs=nnx.Rngs(dropout=1)))
     assert not bool(jnp.all(first == model(images, rngs=nnx.Rngs(dropout=2))))
+
+
+def test_with_a_key_of_its_own_an_image_drops_the_same_in_any_batch(images):
+    model = _model(drop_path_rate=0.5, head_dropout=0.5)
+    images, keys = jnp.tile(images, (4, 1, 1, 1)), jax.random.split(jax.random.key(0), 8)
+    whole = model(images, rngs=ImageKeys(keys))
+    parts = [model(images[i : i + 2], rngs=ImageKeys(keys[i : i + 2])) for i in range(0, 8, 2)]
+    np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=1e-5, atol=1e-6)
+    # The same image stands there four times.
+    assert len(np.unique(whole[::2, 0].round(5))) == 4
+
+
+@pytest.mark.parametrize("rngs", [ImageKeys, nnx.Rngs])
+def test_recomputing_changes_memory_only(images, rngs):
+    def loss(params, remat):
+        model = nnx.merge(graphdef, params, rest)
+        model.remat = remat
+        keys = jax.random.split(jax.random.key(0))
+        drawn = ImageKeys(keys) if rngs is ImageKeys else nnx.Rngs(dropout=0)
+        return jnp.square(model(images, rngs=drawn)).sum()
+
+    rate = 0.5 if rngs is ImageKeys else 0.0
+    graphdef, params, rest = nnx.split(_model(drop_path_rate=rate), nnx.Param, ...)
+    kept, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, remat=remat))).lower(params).compile()
+        for remat in (True, False)
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        kept(params),
+        expected(params),
+    )
+    recomputed = jax.make_jaxpr(jax.grad(functools.partial(loss, remat=True)))(params)
+    assert str(recomputed).count("remat") == sum(SPEC.depths)
 
 
 @pytest.mark.parametrize("source", ["of its own", "given to the call"])

@@ -2,7 +2,9 @@
 
 from metaformer_jax.models.count import Counts, count
 from metaformer_jax.models.layers import (
+    Dropout,
     Frozen,
+    ImageKeys,
     LinearHead,
     MlpHead,
     StarReLU,
@@ -37,8 +39,10 @@ __all__ = [
     "Attention",
     "ConvGeometry",
     "Counts",
+    "Dropout",
     "Frozen",
     "IdentityMixing",
+    "ImageKeys",
     "LinearHead",
     "MetaFormer",
     "MetaFormerBlock",

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 _BLOCK = 2**16
 
@@ -46,7 +46,10 @@ class NormFn(Protocol):
 
 
 class HeadFn(Protocol):
-    """Builds a classifier of `[b, c]` features; its module takes `(x, *, rngs=None)`."""
+    """Builds a classifier of `[b, c]` features; its module takes `(x, *, rngs=None)`.
+
+    Where it drops something, it should be with `Dropout`, which knows both kinds of `rngs`.
+    """
 
     def __call__(
         self, dim: int, num_classes: int, *, dropout: float, rngs: nnx.Rngs
@@ -114,7 +117,39 @@ class ResScale(nnx.Module):
         return (x * self.scale[...]).astype(x.dtype)
 
 
-class DropPath(nnx.Dropout):
+class ImageKeys:
+    """Keys for dropout, one for each image of a batch: given to a model in place of `nnx.Rngs`.
+
+    An image's masks then depend on its own key alone, wherever it lies in whatever batch, so that
+    the devices that share a batch, and the parts that it is worked off in, do not matter.
+
+    Args:
+        keys: one for each image.
+    """
+
+    def __init__(self, keys: Key[Array, " b"]):
+        self._keys = keys
+        self._num_draws = 0
+
+    def __call__(self) -> Key[Array, " b"]:
+        """The keys of the next layer."""
+        self._num_draws += 1
+        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(self._keys, self._num_draws)
+
+
+class Dropout(nnx.Dropout):
+    """Flax's dropout, which also takes `ImageKeys`."""
+
+    def __call__(
+        self, x: Float[Array, "b *c"], *, rngs: nnx.Rngs | ImageKeys | None = None
+    ) -> Float[Array, "b *c"]:
+        drop = super().__call__
+        if not isinstance(rngs, ImageKeys):
+            return drop(x, rngs=rngs)
+        return jax.vmap(lambda image, key: drop(image[None], rngs=key)[0])(x, rngs())
+
+
+class DropPath(Dropout):
     """Stochastic depth: drops a residual branch for whole samples (https://arxiv.org/abs/1603.09382).
 
     Every instance forks its own stream of keys, and with a stream given to the call every call
@@ -184,11 +219,11 @@ class LinearHead(nnx.Module):
     """Dropout and one linear layer, in float32."""
 
     def __init__(self, dim: int, num_classes: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
-        self.dropout = nnx.data(nnx.Dropout(dropout, rngs=rngs) if dropout else None)
+        self.dropout = nnx.data(Dropout(dropout, rngs=rngs) if dropout else None)
         self.fc = nnx.Linear(dim, num_classes, kernel_init=kernel_init, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b c"], *, rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "b c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b classes"]:
         if self.dropout is not None:
             x = self.dropout(x, rngs=rngs)
@@ -210,11 +245,11 @@ class MlpHead(nnx.Module):
         hidden_dim = int(dim * expansion_ratio)
         self.fc1 = nnx.Linear(dim, hidden_dim, kernel_init=kernel_init, rngs=rngs)
         self.norm = layer_norm(hidden_dim, use_bias=True, epsilon=1e-5, rngs=rngs)
-        self.dropout = nnx.data(nnx.Dropout(dropout, rngs=rngs) if dropout else None)
+        self.dropout = nnx.data(Dropout(dropout, rngs=rngs) if dropout else None)
         self.fc2 = nnx.Linear(hidden_dim, num_classes, kernel_init=kernel_init, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b c"], *, rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "b c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b classes"]:
         x = self.norm(squared_relu(self.fc1(x)))
         if self.dropout is not None:

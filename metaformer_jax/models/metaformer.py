@@ -1,6 +1,7 @@
 """MetaFormer: a specification, the block, and the model (section 2 of the publication)."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -14,6 +15,7 @@ from metaformer_jax.models.layers import (
     Downsampling,
     DropPath,
     HeadFn,
+    ImageKeys,
     LinearHead,
     Mlp,
     NormFn,
@@ -151,7 +153,7 @@ class MetaFormerBlock(nnx.Module):
         self.res_scale2 = nnx.data(res_scale())
 
     def __call__(
-        self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b h w c"]:
         branch = self.token_mixer(self.norm1(x))
         x = _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
@@ -164,7 +166,7 @@ def _add_branch(
     branch: Array,
     drop_path: DropPath | None,
     res_scale: ResScale | None,
-    rngs: nnx.Rngs | None,
+    rngs: nnx.Rngs | ImageKeys | None,
 ) -> Array:
     if drop_path is not None:
         branch = drop_path(branch, rngs=rngs)
@@ -181,7 +183,8 @@ class MetaFormer(nnx.Module):
 
     Stochastic depth and head dropout act in training mode (`model.train()`, the state after
     building, as in all of NNX) and not after `model.eval()`. They draw from the `rngs` given at
-    the call, or else from streams forked from the `rngs` given here.
+    the call (`nnx.Rngs`, or `ImageKeys` for masks of each image's own), or else from streams
+    forked from the `rngs` given here.
 
     Args:
         spec: the architecture.
@@ -193,6 +196,8 @@ class MetaFormer(nnx.Module):
         head_dropout: dropout in the head.
         dtype: compute dtype of stem and stages. Parameters, the statistics of norms, softmax and
             the head are float32 always.
+        remat: the backward pass computes each block anew from its input, in place of keeping what
+            is inside: less memory, more time, the same numbers.
         rngs: initial values (`params`) and, where a rate is positive, masks (`dropout`).
 
     Raises:
@@ -209,6 +214,7 @@ class MetaFormer(nnx.Module):
         drop_path_rate: float = 0.0,
         head_dropout: float = 0.0,
         dtype: Any = jnp.float32,
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
         _check_at_least("num_classes", num_classes, 0)
@@ -228,6 +234,7 @@ class MetaFormer(nnx.Module):
         self.in_channels = in_channels
         self.image_size = _as_pair(image_size)
         self.dtype = dtype
+        self.remat = remat
         self.downsample_layers: nnx.List[Downsampling] = nnx.List([])
         self.stages: nnx.List[nnx.List[MetaFormerBlock]] = nnx.List([])
         drop_path_rates = iter(np.linspace(0, drop_path_rate, sum(spec.depths)).tolist())
@@ -268,7 +275,7 @@ class MetaFormer(nnx.Module):
         )
 
     def features(
-        self, images: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None
+        self, images: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> tuple[Float[Array, "b h2 w2 c2"], ...]:
         """The output of each stage, `[b, h, w, c]` in the compute dtype, for dense tasks.
 
@@ -277,11 +284,15 @@ class MetaFormer(nnx.Module):
         """
         self._check_images(images)
         x = jnp.asarray(images, self.dtype)
+        if self.remat and isinstance(rngs, nnx.Rngs):
+            # Flax's streams count in a variable, which cannot change inside.
+            rngs = ImageKeys(jax.random.split(rngs.dropout(), len(images)))
         outputs = []
         for downsample, blocks in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
             for block in blocks:
-                x = block(x, rngs=rngs)
+                run = functools.partial(block, rngs=rngs)
+                x = jax.checkpoint(run)(x) if self.remat else run(x)
             outputs.append(x)
         return tuple(outputs)
 
@@ -291,7 +302,7 @@ class MetaFormer(nnx.Module):
         return self.norm(jnp.mean(x, axis=(1, 2), dtype=wide))
 
     def __call__(
-        self, images: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None
+        self, images: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b classes"]:
         """Logits, float32; with `num_classes=0` the normalised pooled feature.
 

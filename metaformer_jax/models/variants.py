@@ -290,6 +290,7 @@ def create_model(
     drop_path_rate: float = 0.0,
     head_dropout: float = 0.0,
     dtype: Any = jnp.float32,
+    remat: bool = False,
     rngs: nnx.Rngs,
 ) -> MetaFormer:
     """Builds a published model with random weights.
@@ -303,6 +304,7 @@ def create_model(
         drop_path_rate: stochastic depth of the last block.
         head_dropout: dropout in the head.
         dtype: compute dtype; parameters are float32 always.
+        remat: trade time for memory in the backward pass, see `MetaFormer`.
         rngs: randomness of the initial values and of the two rates.
 
     Raises:
@@ -317,5 +319,6 @@ def create_model(
         drop_path_rate=drop_path_rate,
         head_dropout=head_dropout,
         dtype=dtype,
+        remat=remat,
         rngs=rngs,
     )
