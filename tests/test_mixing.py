@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from scipy import stats
 
-from metaformer_jax.data.device import DeviceTransform, normalize
+from metaformer_jax.data.device import normalize
 from metaformer_jax.data.erasing import draw_rectangle, random_erasing
 from metaformer_jax.data.mixing import mix, soft_targets
-from metaformer_jax.training import sharding
 
 SIZE = (24, 32)
 
@@ -188,36 +186,3 @@ def test_normalising_is_its_formula():
     np.testing.assert_allclose(
         normalize(images, mean=(0.4,), std=(0.2,)), expected, rtol=1e-5, atol=1e-6
     )
-
-
-TRANSFORM = DeviceTransform(
-    num_classes=9,
-    mean=(0.5,),
-    std=(0.25,),
-    label_smoothing=0.1,
-    mixup_alpha=0.8,
-    cutmix_alpha=1.0,
-    mixing_group_size=4,
-    erasing_probability=0.5,
-)
-
-
-def test_devices_transform_apart_and_as_one_does():
-    images, labels = batch(groups=16, group_size=4)
-    expected = jax.jit(TRANSFORM.training)(images, labels, key=jax.random.key(0))
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), sharding.AXES)
-    split = [jax.device_put(array, sharding.over_batch(mesh)) for array in (images, labels)]
-    step = jax.jit(functools.partial(TRANSFORM.training, mesh=mesh))
-    compiled = step.lower(*split, key=jax.random.key(0)).compile()
-    text = compiled.as_text()
-    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-        assert collective not in text
-    for actual, wanted in zip(compiled(*split, key=jax.random.key(0)), expected, strict=True):
-        assert actual.sharding.shard_shape(actual.shape)[0] == 8
-        np.testing.assert_allclose(actual, wanted, rtol=1e-6, atol=1e-6)
-
-
-def test_groups_that_would_lie_on_two_devices_are_refused():
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), sharding.AXES)
-    with pytest.raises(ValueError, match=r"2 of 16 images, got 4. Use 2, or a batch of 32"):
-        TRANSFORM.training(*batch(4, 4), key=jax.random.key(0), mesh=mesh)

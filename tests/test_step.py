@@ -1,7 +1,10 @@
 """The engine's laws: any mesh gives the same training, and a step is a pure function."""
 
+import collections
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ from metaformer_jax.models import (
     image_layer_norm,
 )
 from metaformer_jax.training import optim, sharding
-from metaformer_jax.training.step import Engine
+from metaformer_jax.training.step import Average, Engine
 
 # As little as shows everything: a depthwise convolution, attention, and in the other a frozen
 # matrix. Kernels of 3x3 compile in a fraction of the time of 7x7.
@@ -43,17 +46,39 @@ SPECS = {
 }
 
 
-def _engine(mesh, spec="conv and attention", seed=0):
+PLAIN = DeviceTransform(num_classes=4, mean=(0.5,) * 3, std=(0.25,) * 3, label_smoothing=0.1)
+# Takes a while to compile.
+MIXING = dataclasses.replace(
+    PLAIN,
+    mixup_alpha=0.8,
+    cutmix_alpha=1.0,
+    mixing_group_size=2,
+    erasing_probability=0.5,
+)
+
+
+def _engine(
+    mesh,
+    spec="conv and attention",
+    optimizer="adamw",
+    dtype=jnp.float32,
+    transform=PLAIN,
+    **arguments,
+):
     return Engine(
         lambda rngs: MetaFormer(
-            SPECS[spec], num_classes=4, image_size=16, drop_path_rate=0.5, rngs=rngs
+            SPECS[spec],
+            num_classes=4,
+            image_size=16,
+            drop_path_rate=0.5,
+            head_dropout=0.2,
+            dtype=dtype,
+            rngs=rngs,
         ),
-        optim.adamw(lambda _: 1e-3),
+        optim.make_optimizer(optimizer, lambda _: 1e-3),
         mesh=mesh,
-        transform=DeviceTransform(
-            num_classes=4, mean=(0.5,) * 3, std=(0.25,) * 3, label_smoothing=0.1
-        ),
-        seed=seed,
+        transform=transform,
+        **arguments,
     )
 
 
@@ -82,22 +107,175 @@ def _train(engine, steps=3):
     return jax.device_get(state), losses
 
 
+AVERAGE = Average(decay=0.9, warmup=True)
+
+
+TRAININGS = {
+    "adamw": {"optimizer": "adamw", "transform": MIXING},
+    "lamb": {"optimizer": "lamb", "average": AVERAGE},
+}
+
+
 @pytest.fixture(scope="module")
 def on_one_device():
-    return _train(_engine(_mesh(1, 1)))
+    return {name: _train(_engine(_mesh(1, 1), **TRAININGS[name])) for name in TRAININGS}
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
-def test_eight_devices_train_as_one_does(data, fsdp, on_one_device):
-    state, losses = _train(_engine(_mesh(data, fsdp)))
-    expected_state, expected_losses = on_one_device
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+def _assert_same_training(actual, expected):
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
     # Adam divides by the root of a gradient's square: where a gradient is noise around zero,
     # so is its update, of at most the learning rate at each step.
-    for actual, expected in zip(
-        jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True
-    ):
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5),
+        (actual[0].params, actual[0].ema),
+        (expected[0].params, expected[0].ema),
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "num_micro_batches", "training"),
+    [(8, 1, 1, "lamb"), (1, 8, 1, "lamb"), (2, 2, 4, "adamw"), (1, 1, 8, "lamb")],
+)
+def test_any_mesh_and_any_micro_batches_train_as_one_device_does(
+    data, fsdp, num_micro_batches, training, on_one_device
+):
+    engine = _engine(_mesh(data, fsdp), num_micro_batches=num_micro_batches, **TRAININGS[training])
+    _assert_same_training(_train(engine), on_one_device[training])
+
+
+def _collectives(engine):
+    """Names and elements of the compiled step's collectives, and those inside its loops."""
+    state, batch = engine.abstract_state, _batch(engine.mesh)
+    text = engine.train_step.lower(state, batch).compile().as_text()
+    entry = text[text.index("ENTRY ") :]
+    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\("
+    found = []
+    for part, where in ((entry, "entry"), (text.replace(entry, ""), "elsewhere")):
+        for shapes, name in re.findall(pattern, part):
+            sizes = [
+                math.prod(int(n) for n in shape.split(",") if n)
+                for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
+            ]
+            found.append((where, name, sum(sizes)))
+    return found
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_data_parallel_devices_talk_once_about_each_gradient_and_of_nothing_else(
+    num_micro_batches,
+):
+    engine = _engine(_mesh(4, 1), num_micro_batches=num_micro_batches)
+    collectives = _collectives(engine)
+    assert {(where, name) for where, name, _ in collectives} == {("entry", "all-reduce")}
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(engine.abstract_state.params))
+    # Besides the gradients, loss and accuracy.
+    assert sum(size for *_, size in collectives) == num_params + 2
+
+
+def test_devices_that_share_parameters_gather_them_once_and_scatter_the_gradients_sum():
+    engine = _engine(_mesh(1, 4), num_micro_batches=4)
+    collectives = _collectives(engine)
+    assert {where for where, *_ in collectives} == {"entry"}
+    totals = collections.Counter()
+    for _, name, size in collectives:
+        totals[name] += size
+    leaves = jax.tree.leaves(engine.abstract_state.params)
+    split = sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
+    assert totals["all-gather"] == split
+    assert totals["reduce-scatter"] == split // 4
+    assert set(totals) == {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+def test_a_step_takes_images_that_are_transformed_apart_on_each_device_as_on_one():
+    one = _engine(_mesh(1, 1), transform=MIXING)
+    expected = one.training_inputs(_batch(one.mesh), 3)
+    engine = _engine(_mesh(4, 2), transform=MIXING)
+    batch = _batch(engine.mesh)
+    text = engine.training_inputs.lower(batch, 3).compile().as_text()
+    assert not re.search("all-(gather|reduce|to-all)|collective-permute", text)
+    for actual, wanted in zip(engine.training_inputs(batch, 3), expected, strict=True):
+        assert actual.sharding.shard_shape(actual.shape)[0] == 2
+        np.testing.assert_allclose(actual, wanted, rtol=1e-6, atol=1e-6)
+    images, targets = expected
+    assert not np.allclose(images, PLAIN.evaluation(_batch(one.mesh)["image"]))
+    np.testing.assert_allclose(targets.sum(-1), 1, rtol=1e-6)
+
+
+def test_mixing_groups_that_would_lie_on_two_devices_are_refused():
+    transform = dataclasses.replace(MIXING, mixing_group_size=4)
+    engine = _engine(_mesh(8, 1), transform=transform)
+    with pytest.raises(ValueError, match=r"2 of 16 images, got 4. Use 2, or a batch of 32"):
+        engine.training_inputs(_batch(engine.mesh), 0)
+
+
+def _state_and_batch(engine, poison=False):
+    state = engine.initial_state()
+    if poison:
+        head = jax.tree.map(lambda leaf: leaf * jnp.nan, state.params["head"])
+        state = dataclasses.replace(state, params=state.params | {"head": head})
+    return state, _batch(engine.mesh)
+
+
+def test_an_update_that_is_not_finite_changes_the_counts_only():
+    engine = _engine(_mesh(2, 1), average=AVERAGE)
+    for expected in (1, 2):
+        if expected == 1:
+            state, batch = _state_and_batch(engine, poison=True)
+        before = jax.device_get(state)
+        state, metrics = engine.train_step(state, batch)
+        assert not np.isfinite(metrics["loss"])
+        assert (int(state.step), int(state.num_skipped)) == (expected, expected)
+        for name in ("params", "opt_state", "ema"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
+    head = jax.tree.map(jnp.nan_to_num, state.params["head"])
+    state = dataclasses.replace(state, params=state.params | {"head": head})
+    state, metrics = engine.train_step(state, batch)
+    assert np.isfinite(metrics["loss"])
+    assert int(state.num_skipped) == 0
+
+
+def test_the_average_is_that_of_all_parameters_so_far():
+    engine = _engine(_mesh(1, 1), average=Average(decay=0.75))
+    state = engine.initial_state()
+    expected = jax.device_get(state.params)
+    for step in range(3):
+        state, _ = engine.train_step(state, _batch(engine.mesh, step))
+        expected = jax.tree.map(
+            lambda e, p: 0.75 * e + 0.25 * np.asarray(p), expected, state.params
+        )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), state.ema, expected
+    )
+    averaged = engine.averaged(state)
+    jax.tree.map(np.testing.assert_array_equal, averaged.params, state.ema)
+
+
+def test_a_warmed_up_average_follows_closely_at_first():
+    average = Average(decay=0.999, warmup=True)
+    for step, kept in ((0, 0.1), (10, 0.55), (10**6, 0.999)):
+        value = average({"x": jnp.ones(())}, {"x": jnp.zeros(())}, jnp.int32(step))["x"]
+        np.testing.assert_allclose(value, kept, rtol=1e-3)
+
+
+def test_with_the_head_alone_the_trunk_stays_and_has_no_moments():
+    engine = _engine(_mesh(1, 2), head_only=True)
+    initial = jax.device_get(engine.initial_state())
+    state, _ = _train(engine)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), initial.params, state.params)
+    assert all(jax.tree.leaves(moved.pop("head")))
+    assert not any(jax.tree.leaves(moved))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.params["head"]))
+
+
+def test_bfloat16_computes_nearly_the_same_and_keeps_float32():
+    losses = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        state, losses[dtype] = _train(_engine(_mesh(2, 2), dtype=dtype))
+        kept = (state.params, state.opt_state)
+        assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(kept))
+    assert losses[jnp.float32] != losses[jnp.bfloat16]
+    np.testing.assert_allclose(losses[jnp.float32], losses[jnp.bfloat16], rtol=1e-2)
 
 
 def test_parameters_and_moments_are_split_over_fsdp_and_only_there():

@@ -5,11 +5,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from metaformer_jax.data.erasing import random_erasing
-from metaformer_jax.data.mixing import mix, soft_targets
+from metaformer_jax.data.mixing import Mixed, mix, soft_targets
 
 
 def normalize(
@@ -53,66 +52,41 @@ class DeviceTransform:
         """Whether images are mixed."""
         return max(self.mixup_alpha, self.cutmix_alpha) > 0 and self.mixing_probability > 0
 
-    def training(
-        self,
-        images: UInt8[Array, "b h w c"],
-        labels: Int[Array, " b"],
-        *,
-        key: Array,
-        mesh: Mesh | None = None,
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
-        """Mixed, normalised and erased images, and their soft targets.
-
-        Each group and each image has a key of its own, so that the result is the same on any mesh.
-
-        Args:
-            images: the batch.
-            labels: its classes.
-            key: all randomness.
-            mesh: the devices that the batch is split over; each works on its part alone.
-
-        Raises:
-            ValueError: the groups do not divide a device's part of the batch.
-        """
-        batch_size, num_devices = images.shape[0], mesh.size if mesh else 1
-        group_size = self.mixing_group_size if self.mixes else 1
-        check_groups(batch_size, num_devices, group_size)
+    def keys(self, key: Array, batch_size: int) -> tuple[Key[Array, " groups"], Key[Array, " b"]]:
+        """The randomness of each mixing group and of each image, the same on any mesh."""
         mixing_key, erasing_key = jax.random.split(key)
-        group_keys = jax.random.split(mixing_key, batch_size // group_size)
-        image_keys = jax.random.split(erasing_key, batch_size)
-        transform = self._transform
-        if mesh is not None:
-            over_batch = PartitionSpec(mesh.axis_names)
-            transform = jax.shard_map(
-                transform, mesh=mesh, in_specs=over_batch, out_specs=over_batch
-            )
-        return transform(images, labels, group_keys, image_keys)
+        num_groups = batch_size // (self.mixing_group_size if self.mixes else 1)
+        return jax.random.split(mixing_key, num_groups), jax.random.split(erasing_key, batch_size)
 
-    def _transform(
+    def mix(
         self,
         images: UInt8[Array, "b h w c"],
         labels: Int[Array, " b"],
         group_keys: Key[Array, " groups"],
-        image_keys: Key[Array, " b"],
+    ) -> Mixed:
+        """The batch, or a device's part of it, mixed group by group."""
+        if not self.mixes:
+            return Mixed(images, labels, labels, jnp.ones(labels.shape))
+        return mix(
+            images,
+            labels,
+            keys=group_keys,
+            mixup_alpha=self.mixup_alpha,
+            cutmix_alpha=self.cutmix_alpha,
+            switch_probability=self.switch_probability,
+            probability=self.mixing_probability,
+        )
+
+    def training(
+        self, mixed: Mixed, image_keys: Key[Array, " b"]
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
-        partner_labels = weights = None
-        if self.mixes:
-            images, labels, partner_labels, weights = mix(
-                images,
-                labels,
-                keys=group_keys,
-                mixup_alpha=self.mixup_alpha,
-                cutmix_alpha=self.cutmix_alpha,
-                switch_probability=self.switch_probability,
-                probability=self.mixing_probability,
-            )
+        """Normalised and erased images, and their soft targets."""
         images = random_erasing(
-            self.evaluation(images), keys=image_keys, probability=self.erasing_probability
+            self.evaluation(mixed.images), keys=image_keys, probability=self.erasing_probability
         )
         targets = soft_targets(
-            labels,
-            partner_labels,
-            weights,
+            mixed.labels,
+            *((mixed.partner_labels, mixed.weights) if self.mixes else ()),
             num_classes=self.num_classes,
             label_smoothing=self.label_smoothing,
         )

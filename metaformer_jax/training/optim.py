@@ -1,41 +1,117 @@
-"""Learning-rate schedule and optimiser."""
+"""Learning-rate schedules and optimisers of the published recipes, on optax."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "lamb")
 
-def warmup_cosine(
+Tree = dict[str, Any]
+# From epochs, whole or not, to rates; NumPy arrays in float64, JAX arrays as they are.
+EpochSchedule = Callable[[Any], Any]
+
+
+def epoch_schedule(
+    name: str,
     *,
     peak: float,
-    warmup_steps: int,
-    total_steps: int,
+    epochs: float,
+    warmup_epochs: float,
     warmup_from: float = 1e-6,
     end: float = 1e-5,
-) -> optax.Schedule:
-    """Linear warm-up, then a cosine from the peak to the end; the rate for each step.
+) -> EpochSchedule:
+    """Linear warm-up, then a cosine from the peak to the end, or the peak throughout.
 
-    As in the published recipe the cosine is not shifted by the warm-up: it would start at step 0.
+    As in the published recipe the cosine is not shifted by the warm-up: it would start at epoch 0.
+    After `epochs` it stays at the end.
+
+    Args:
+        name: `"cosine"` or `"constant"`.
+        peak: the highest rate.
+        epochs: of the cosine.
+        warmup_epochs: at the start.
+        warmup_from: the first rate of the warm-up.
+        end: the last rate of the cosine.
 
     Raises:
-        ValueError: the warm-up is as long as the training, or longer.
+        ValueError: there is no such schedule, or the warm-up is as long as the training.
     """
-    if not 0 <= warmup_steps < total_steps:
+    if name not in SCHEDULES:
+        raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}.")
+    if not 0 <= warmup_epochs < epochs:
         raise ValueError(
-            f"`warmup_steps` must be less than the {total_steps} steps of the training, got "
-            f"{warmup_steps}. Shorten the warm-up or train longer."
+            f"`warmup_epochs` must be less than the {epochs:g} epochs of the training, got "
+            f"{warmup_epochs:g}. Shorten the warm-up or train longer."
         )
 
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        cosine = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * step / total_steps))
-        warmup = warmup_from + (peak - warmup_from) * step / max(warmup_steps, 1)
-        return jnp.where(step < warmup_steps, warmup, jnp.where(step < total_steps, cosine, end))
+    def schedule(epoch: Any) -> Any:
+        xp = jnp if isinstance(epoch, jax.Array) else np
+        warmup = warmup_from + epoch * (peak - warmup_from) / (warmup_epochs or 1)
+        main = xp.full_like(warmup, peak)
+        if name == "cosine":
+            cosine = end + 0.5 * (peak - end) * (1 + xp.cos(xp.pi * epoch / epochs))
+            main = xp.where(epoch < epochs, cosine, end)
+        return xp.where(epoch < warmup_epochs, warmup, main)
 
     return schedule
 
 
-def adamw(
+def by_step(
+    schedule: EpochSchedule, *, steps_per_epoch: float, total_steps: int, per_epoch: bool
+) -> optax.Schedule:
+    """The rate for each step.
+
+    Args:
+        schedule: the rate for each epoch.
+        steps_per_epoch: with a fraction, where batches run over the end of an epoch.
+        total_steps: of the training.
+        per_epoch: the rate changes at the first step of each epoch only, as published; otherwise
+            with every step.
+    """
+    if not per_epoch:
+        return lambda step: schedule(jnp.asarray(step, jnp.float32) / steps_per_epoch)
+    epochs = np.arange(np.ceil(total_steps / steps_per_epoch) + 1)
+    # In a table, as whole numbers and in float64: no rounding moves an epoch or a rate.
+    first_steps = np.ceil(epochs * steps_per_epoch).astype(np.int32)
+    rates = schedule(epochs).astype(np.float32)
+    return lambda step: jnp.asarray(rates)[jnp.searchsorted(first_steps, step, side="right") - 1]
+
+
+def is_decayed(params: Tree) -> Tree:
+    """For each parameter whether weight decay applies: not to scales and biases."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def layer_scales(params: Tree, decay: float) -> Tree:
+    """For each parameter `decay` to the power of its distance from the head (BEiT, appendix H).
+
+    Layers are the stem, each block (with the downsampling before it), and norm and head.
+
+    Args:
+        params: of a `MetaFormer`.
+        decay: 1 leaves all rates alike.
+    """
+    depths = [len(params["stages"][stage]) for stage in range(len(params["stages"]))]
+    last = sum(depths) + 1
+
+    def layer(path: tuple[Any, ...]) -> int:
+        name, *inner = (entry.key for entry in path)
+        if name == "stages":
+            return sum(depths[: inner[0]]) + inner[1] + 1
+        if name == "downsample_layers":
+            return sum(depths[: inner[0]]) + 1 if inner[0] else 0
+        return last
+
+    return jax.tree_util.tree_map_with_path(lambda path, _: decay ** (last - layer(path)), params)
+
+
+def make_optimizer(
+    name: str,
     learning_rate: optax.Schedule,
     *,
     b1: float = 0.9,
@@ -43,27 +119,42 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.05,
     max_grad_norm: float | None = None,
+    layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW, without weight decay on one-dimensional parameters (scales and biases).
+    """AdamW (https://arxiv.org/abs/1711.05101) or LAMB (https://arxiv.org/abs/1904.00962).
+
+    Neither decays one-dimensional parameters (scales and biases). LAMB, as published for CAFormer,
+    scales an update to the norm of its parameter, without limits, where weight decay applies.
 
     Args:
+        name: `"adamw"` or `"lamb"`.
         learning_rate: the rate for each step.
         b1: decay of the mean of gradients.
         b2: decay of the mean of their squares.
         eps: added to the root of the latter.
         weight_decay: share of a parameter, times the learning rate, taken off at each step.
-        max_grad_norm: the global norm that gradients are cut to; None leaves them.
+        max_grad_norm: the norm of all gradients together that they are cut to; None leaves them.
+        layer_decay: factor of the rate from each layer to the one before, see `layer_scales`.
+
+    Raises:
+        ValueError: there is no such optimiser.
     """
-    transforms = [
-        optax.adamw(
-            learning_rate,
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
-        )
-    ]
+    if name not in OPTIMIZERS:
+        raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+    parts = []
     if max_grad_norm is not None:
-        transforms.insert(0, optax.clip_by_global_norm(max_grad_norm))
-    return optax.chain(*transforms)
+        parts.append(optax.clip_by_global_norm(max_grad_norm))
+    parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+    parts.append(optax.add_decayed_weights(weight_decay, mask=is_decayed))
+    if name == "lamb":
+        parts.append(optax.masked(optax.scale_by_trust_ratio(), is_decayed))
+    if layer_decay != 1:
+        parts.append(_scale_layers(layer_decay))
+    parts.append(optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(*parts)
+
+
+def _scale_layers(decay: float) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(jnp.multiply, updates, layer_scales(updates, decay))
+    )

@@ -1,5 +1,6 @@
 """The mesh, and where on it batches and parameters live."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
+# The first axis split over all devices; and the whole array on every device.
+BATCH, EVERYWHERE = PartitionSpec(AXES), PartitionSpec()
 
 
 def create_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
@@ -31,26 +34,63 @@ def create_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, EVERYWHERE)
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The first axis split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    return NamedSharding(mesh, BATCH)
 
 
-def over_parameters(tree: Any, mesh: Mesh) -> Any:
-    """For each array (or shape) its sharding over `fsdp`: along its largest divisible axis."""
+def parameter_specs(tree: Any, mesh: Mesh) -> Any:
+    """For each array (or shape) how it lies over `fsdp`: split along its largest divisible axis."""
 
-    def sharding(leaf: Any) -> NamedSharding:
+    def spec(leaf: Any) -> PartitionSpec:
         parts = mesh.shape["fsdp"]
         axes = [axis for axis, size in enumerate(leaf.shape) if parts > 1 and size % parts == 0]
         if not axes:
-            return replicated(mesh)
+            return EVERYWHERE
         largest = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+        return PartitionSpec(*[None] * largest, "fsdp")
 
-    return jax.tree.map(sharding, tree)
+    return jax.tree.map(spec, tree)
+
+
+def placed(specs: Any, mesh: Mesh) -> Any:
+    """The shardings that specs mean on a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def gather(tree: Any, specs: Any) -> Any:
+    """Within `shard_map`: whole arrays from the parts that the devices along `fsdp` have."""
+
+    def whole(spec: PartitionSpec, leaf: jax.Array) -> jax.Array:
+        if spec == EVERYWHERE:
+            return leaf
+        return jax.lax.all_gather(leaf, "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+    return jax.tree.map(whole, specs, tree, is_leaf=_is_spec)
+
+
+def add_up(tree: Any, specs: Any) -> Any:
+    """Within `shard_map`: the sum over all devices, of which each keeps its own part."""
+
+    def total(spec: PartitionSpec, leaf: jax.Array) -> jax.Array:
+        if spec == EVERYWHERE:
+            return jax.lax.psum(leaf, AXES)
+        part = jax.lax.psum_scatter(leaf, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+        return jax.lax.psum(part, "data")
+
+    return jax.tree.map(total, specs, tree, is_leaf=_is_spec)
+
+
+def on_each_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Applies a function to each device's part of its arguments, apart from the others."""
+    return jax.shard_map(function, mesh=mesh, in_specs=BATCH, out_specs=BATCH)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -10,15 +10,36 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-from metaformer_jax.data.device import DeviceTransform
-from metaformer_jax.models import Frozen, MetaFormer
+from metaformer_jax.data.device import DeviceTransform, check_groups
+from metaformer_jax.data.mixing import Mixed
+from metaformer_jax.models import Frozen, ImageKeys, MetaFormer
 from metaformer_jax.training import sharding
 
 Tree = dict[str, Any]
 Batch = dict[str, Array]
 Path = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Average:
+    """An exponential moving average of the parameters.
+
+    Attributes:
+        decay: what is kept at each update.
+        warmup: less is kept at first, (1 + t) / (10 + t) at update t.
+    """
+
+    decay: float
+    warmup: bool = False
+
+    def __call__(self, average: Tree, params: Tree, step: Int[Array, ""]) -> Tree:
+        """The average after one more update, that of `step`, counted from 0."""
+        decay = jnp.float32(self.decay)
+        if self.warmup:
+            decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+        return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, params)
 
 
 @jax.tree_util.register_dataclass
@@ -27,20 +48,28 @@ class TrainState:
     """All that a step changes, and the frozen variables that go with it.
 
     Attributes:
-        step: updates done.
+        step: updates done, or skipped.
         params: what is trained, as nested dicts by the model's attributes.
         frozen: what is drawn once and kept (`Frozen`), likewise.
         opt_state: the optimiser's moments and counts.
+        ema: the moving average of `params`, or {}.
+        num_skipped: updates skipped in a row, up to the last.
     """
 
     step: Int[Array, ""]
     params: Tree
     frozen: Tree
     opt_state: Any
+    ema: Tree
+    num_skipped: Int[Array, ""]
 
 
 class Engine:
     """A model, its optimiser and a mesh, ready to initialise, train and evaluate.
+
+    Each device computes the gradient of its part of the batch, micro-batch by micro-batch, with
+    whole parameters; then the parts are added up, once. An update with a loss or gradient that is
+    not finite changes nothing but the step's number.
 
     Args:
         build: makes the model from its `nnx.Rngs`; only ever traced.
@@ -48,6 +77,9 @@ class Engine:
         mesh: the devices, see `sharding.create_mesh`.
         transform: from the batch's uint8 images and labels to images and targets.
         seed: initial parameters, and the mixing and masks of each step.
+        num_micro_batches: parts that each device's share of a batch is worked off in.
+        average: of the parameters; None keeps none.
+        head_only: the trunk stays as it is.
     """
 
     def __init__(
@@ -58,6 +90,9 @@ class Engine:
         mesh: Mesh,
         transform: DeviceTransform,
         seed: int = 0,
+        num_micro_batches: int = 1,
+        average: Average | None = None,
+        head_only: bool = False,
     ):
         self.mesh = mesh
         self.model = nnx.eval_shape(lambda: build(nnx.Rngs(seed)))
@@ -67,10 +102,12 @@ class Engine:
         self._optimizer = optimizer
         self._transform = transform
         self._seed = seed
+        self._num_micro_batches = num_micro_batches
+        self._average = average
+        self._head_only = head_only
         abstract = jax.eval_shape(self._initial_state)
-        self.state_shardings = dataclasses.replace(
-            sharding.over_parameters(abstract, mesh), step=sharding.replicated(mesh)
-        )
+        self._specs = sharding.parameter_specs(abstract, mesh)
+        self.state_shardings: TrainState = sharding.placed(self._specs, mesh)
         self.abstract_state: TrainState = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             abstract,
@@ -94,11 +131,13 @@ class Engine:
             step=jnp.zeros((), jnp.int32),
             params=params,
             frozen=nnx.to_pure_dict(nnx.state(model, Frozen)),
-            opt_state=self._optimizer.init(params),
+            opt_state=self._optimizer.init(self._trained(params)),
+            ema=jax.tree.map(jnp.copy, params) if self._average else {},
+            num_skipped=jnp.zeros((), jnp.int32),
         )
 
     def with_weights(self, state: TrainState, variables: Mapping[Path, np.ndarray]) -> TrainState:
-        """A state in which these parameters and frozen variables have other values.
+        """A state in which these parameters (and their average) and frozen variables are others.
 
         Args:
             state: keeps what `variables` leaves out.
@@ -115,68 +154,164 @@ class Engine:
             }
             return nnx.traversals.unflatten_mapping({**flat, **new})
 
+        places = self.state_shardings
         return dataclasses.replace(
             state,
-            params=replaced(state.params, self.state_shardings.params),
-            frozen=replaced(state.frozen, self.state_shardings.frozen),
+            params=replaced(state.params, places.params),
+            frozen=replaced(state.frozen, places.frozen),
+            ema=replaced(state.ema, places.ema) if state.ema else {},
         )
 
+    def averaged(self, state: TrainState) -> TrainState:
+        """The state with the moving average as its parameters."""
+        return dataclasses.replace(state, params=state.ema)
+
+    def _trained(self, params: Tree) -> Tree:
+        return {"head": params["head"]} if self._head_only else params
+
     def _logits(
-        self, params: Tree, frozen: Tree, images: Array, key: Array | None
+        self, params: Tree, frozen: Tree, images: Array, keys: ImageKeys | None
     ) -> Float[Array, "b classes"]:
         model = nnx.merge(self._graphdef, params, frozen, self._rest)
-        if key is None:
+        if keys is None:
             model.eval()
             return model(images)
         model.train()
-        return model(images, rngs=nnx.Rngs(dropout=key))
+        return model(images, rngs=keys)
 
-    def _keys(self, step: Int[Array, ""]) -> tuple[Array, Array]:
-        """What a step's images and its masks derive from."""
+    def _keys(self, step: Int[Array, ""], batch_size: int) -> tuple[Array, Array, Array]:
+        """A step's randomness: of each mixing group, each image's erasing and its masks."""
         transform_key, dropout_key = jax.random.split(
             jax.random.fold_in(jax.random.key(self._seed), step)
         )
-        return transform_key, dropout_key
+        group_size = self._transform.mixing_group_size if self._transform.mixes else 1
+        check_groups(batch_size, self.mesh.size, group_size)
+        group_keys, image_keys = self._transform.keys(transform_key, batch_size)
+        return group_keys, image_keys, jax.random.split(dropout_key, batch_size)
 
     def _training_inputs(self, batch: Batch, step: Int[Array, ""]) -> tuple[Array, Array]:
         """The images and targets that this step trains on."""
-        key, _ = self._keys(step)
-        return self._transform.training(batch["image"], batch["label"], key=key, mesh=self.mesh)
+
+        def inputs(images: Array, labels: Array, group_keys: Array, image_keys: Array) -> Any:
+            return self._transform.training(
+                self._transform.mix(images, labels, group_keys), image_keys
+            )
+
+        group_keys, image_keys, _ = self._keys(step, len(batch["image"]))
+        over_devices = sharding.on_each_device(self.mesh, inputs)
+        return over_devices(batch["image"], batch["label"], group_keys, image_keys)
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One update. All randomness derives from the seed and the step's number."""
-        images, targets = self._training_inputs(batch, state.step)
-        _, dropout_key = self._keys(state.step)
+        batch_size = len(batch["image"])
 
-        def loss_fn(params: Tree) -> tuple[Array, Array]:
-            logits = self._logits(params, state.frozen, images, dropout_key)
-            return optax.softmax_cross_entropy(logits, targets).mean(), logits
+        def on_device(params: Tree, frozen: Tree, *part: Array) -> tuple[Tree, dict[str, Array]]:
+            params = sharding.gather(params, self._specs.params)
+            frozen = sharding.gather(frozen, self._specs.frozen)
+            sums = self._local_gradients(params, frozen, *part)
+            gradients, metrics = jax.tree.map(lambda total: total / batch_size, sums)
+            gradients = sharding.add_up(gradients, self._trained(self._specs.params))
+            return gradients, jax.lax.psum(metrics, sharding.AXES)
 
-        (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
-        new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
+        over_batch, everywhere = sharding.BATCH, sharding.EVERYWHERE
+        gradients, metrics = jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(self._specs.params, self._specs.frozen, *[over_batch] * 5),
+            out_specs=(self._trained(self._specs.params), everywhere),
+            check_vma=False,
+        )(
+            state.params,
+            state.frozen,
+            batch["image"],
+            batch["label"],
+            *self._keys(state.step, batch_size),
         )
-        metrics = {
-            "loss": loss,
-            "accuracy": jnp.mean(logits.argmax(-1) == targets.argmax(-1)),
-            "grad_norm": optax.tree.norm(gradients),
-        }
+        metrics["grad_norm"] = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        new_state = self._updated(state, gradients, is_finite)
+        metrics["num_skipped"] = new_state.num_skipped
         return new_state, metrics
+
+    def _updated(self, state: TrainState, gradients: Tree, is_finite: Array) -> TrainState:
+        """The state after this update, or but for the counts as it is."""
+        trained = self._trained(state.params)
+        updates, opt_state = self._optimizer.update(gradients, state.opt_state, trained)
+        params = state.params | optax.apply_updates(trained, updates)
+        ema = self._average(state.ema, params, state.step) if self._average else {}
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
+        )
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            frozen=state.frozen,
+            opt_state=opt_state,
+            ema=ema,
+            num_skipped=jnp.where(is_finite, 0, state.num_skipped + 1),
+        )
+
+    def _local_gradients(
+        self,
+        params: Tree,
+        frozen: Tree,
+        images: Array,
+        labels: Array,
+        group_keys: Key[Array, " groups"],
+        image_keys: Key[Array, " b"],
+        dropout_keys: Key[Array, " b"],
+    ) -> tuple[Tree, dict[str, Array]]:
+        """Sums over the images of one device, without a word to the others."""
+
+        def loss_fn(trained: Tree, part: tuple[Mixed, Array, Array]) -> tuple[Array, Array]:
+            mixed, image_keys, dropout_keys = part
+            inputs, targets = self._transform.training(mixed, image_keys)
+            logits = self._logits(params | trained, frozen, inputs, ImageKeys(dropout_keys))
+            is_right = logits.argmax(-1) == targets.argmax(-1)
+            return optax.softmax_cross_entropy(logits, targets).sum(), is_right.sum()
+
+        def add_part(sums: Any, part: Any) -> tuple[Any, None]:
+            (loss, num_right), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+                self._trained(params), part
+            )
+            metrics = {"loss": loss, "accuracy": num_right.astype(jnp.float32)}
+            return jax.tree.map(jnp.add, sums, (gradients, metrics)), None
+
+        # Groups are mixed whole, whatever the micro-batches: as uint8 they take little memory.
+        everything = (self._transform.mix(images, labels, group_keys), image_keys, dropout_keys)
+        zero = jnp.zeros(())
+        sums: Any = (
+            jax.tree.map(jnp.zeros_like, self._trained(params)),
+            {"loss": zero, "accuracy": zero},
+        )
+        if self._num_micro_batches == 1:
+            return add_part(sums, everything)[0]
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(self._num_micro_batches, -1, *leaf.shape[1:]), everything
+        )
+        return jax.lax.scan(add_part, sums, parts)[0]
 
     def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
         """For each example its loss, prediction and that one's probability, and what came along."""
-        images = self._transform.evaluation(batch["image"])
-        logits = self._logits(state.params, state.frozen, images, None)
-        probabilities = jax.nn.softmax(logits)
-        return {
-            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
-            "prediction": logits.argmax(-1).astype(jnp.int32),
-            "probability": probabilities.max(-1),
-            "label": batch["label"],
-            "mask": batch["mask"],
-            "index": batch["index"],
-        }
+
+        def on_device(params: Tree, frozen: Tree, images: Array, labels: Array) -> dict[str, Array]:
+            params = sharding.gather(params, self._specs.params)
+            frozen = sharding.gather(frozen, self._specs.frozen)
+            logits = self._logits(params, frozen, self._transform.evaluation(images), None)
+            return {
+                "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+                "prediction": logits.argmax(-1).astype(jnp.int32),
+                "probability": jax.nn.softmax(logits).max(-1),
+                "label": labels,
+            }
+
+        results = jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(self._specs.params, self._specs.frozen, sharding.BATCH, sharding.BATCH),
+            out_specs=sharding.BATCH,
+            check_vma=False,
+        )(state.params, state.frozen, batch["image"], batch["label"])
+        return {**results, "mask": batch["mask"], "index": batch["index"]}
