@@ -16,6 +16,9 @@ from ml_collections import config_flags
 # Exit codes.
 TRAINING_FAILED = 1
 USAGE_ERROR = 2
+# Told to end (SIGTERM, or by the cluster) and saved: the same command continues. It is what
+# sysexits.h calls a temporary failure.
+PREEMPTED = 75
 INTERRUPTED = 130
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
@@ -35,6 +38,17 @@ _OUTPUT = flags.DEFINE_string("output", "batch.png", "The picture of --mode=prev
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
     "accept_config_changes", False, "Continue a run though its config was another."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    None,
+    "Run as one of several processes, found out from the environment (TPU pod, SLURM, Open MPI, "
+    "Kubernetes). By default where the environment or --coordinator_address says so.",
+)
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of the first process, where no environment tells."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This one's, from 0, likewise.")
 flags.mark_flag_as_required("config")
 
 
@@ -81,7 +95,9 @@ def main(argv: list[str]) -> None:
         _exit_with(f"Arguments must be --flags, got {' '.join(argv[1:])}.", USAGE_ERROR)
     # Flags that are wrong should say so at once, not after the imports of seconds.
     from metaformer_jax.data.loader import DataError
-    from metaformer_jax.training import train
+    from metaformer_jax.training import distributed, evaluation, train
+    from metaformer_jax.training.checkpoint import SaveError
+    from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
 
     # Orbax and JAX tell every step they take; --verbosity=0 shows it.
@@ -89,8 +105,14 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
     try:
+        distributed.initialize(
+            _COORDINATOR_ADDRESS.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            distributed=_DISTRIBUTED.value,
+        )
         if _MODE.value == "eval":
-            train.evaluate(_CONFIG.value, workdir)
+            evaluation.evaluate(_CONFIG.value, workdir)
         elif _MODE.value == "preview":
             train.preview(_CONFIG.value, pathlib.Path(_OUTPUT.value))
         elif workdir is None:
@@ -99,8 +121,13 @@ def main(argv: list[str]) -> None:
             train.train(_CONFIG.value, workdir, accept_config_changes=_ACCEPT_CONFIG_CHANGES.value)
     except (ValueError, FileNotFoundError, ImportError, DownloadError) as error:
         _exit_with(error, USAGE_ERROR)
-    except (FloatingPointError, DataError) as error:
+    except (FloatingPointError, DataError, SaveError) as error:
         _exit_with(error, TRAINING_FAILED)
+    except OSError as error:
+        _exit_with(f"{error.filename or 'a file'}: {error.strerror}", TRAINING_FAILED)
+    except PreemptedError as error:
+        print(error)
+        sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         _exit_with("stopped. The same command continues from the last checkpoint.", INTERRUPTED)
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import struct
 
 import jax
@@ -15,10 +17,13 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from metaformer_jax.data.device import normalize
-from metaformer_jax.training import recipes, train
+from metaformer_jax.training import evaluation, recipes, train
 from metaformer_jax.training.checkpoint import Checkpoints
+from metaformer_jax.training.feeding import PlacedBatches
+from metaformer_jax.training.guard import NonFiniteError
 from metaformer_jax.training.metrics import MetricWriter, read_metrics
-from metaformer_jax.training.step import Engine
+from metaformer_jax.training.preemption import PreemptedError
+from metaformer_jax.training.run import Run
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.pretrained import build_abstract, fill
 from metaformer_jax.weights.write import write_variables
@@ -37,40 +42,40 @@ def _config(**changes):
 
 def _train(workdir, config=None, **kwargs):
     output = io.StringIO()
-    evaluation = train.train(
+    trained = train.train(
         config or _config(), workdir, console=Console(file=output, width=120), **kwargs
     )
-    return evaluation, output.getvalue()
+    return trained, output.getvalue()
 
 
 def _restore(workdir, config):
     with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
-        return jax.device_get(checkpoints.restore(train.Run(config).engine.abstract_state))
+        return jax.device_get(checkpoints.restore(Run(config).engine.abstract_state))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
-    evaluation, output = _train(workdir)
-    return workdir, evaluation, output
+    trained, output = _train(workdir)
+    return workdir, trained, output
 
 
 def test_it_learns_and_says_so(finished):
-    _, evaluation, output = finished
-    assert evaluation.accuracy > 0.5
-    assert f"accuracy {evaluation.accuracy:.2%}" in output
+    _, trained, output = finished
+    assert trained.accuracy > 0.5
+    assert f"accuracy {trained.accuracy:.2%}" in output
     assert "355 for evaluation" in output
 
 
 def test_the_workdir_holds_checkpoints_metrics_events_and_pictures(finished):
-    workdir, evaluation, _ = finished
+    workdir, trained, _ = finished
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [12, 23]
     assert json.loads((workdir / "config.json").read_text())["model.family"] == "poolformerv2"
     rows = read_metrics(workdir)
     train_steps = [row["step"] for row in rows if "train/loss" in row]
     assert train_steps == [4, 8, 12, 16, 20, 23]
     assert [row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-1] == (
-        evaluation.accuracy
+        trained.accuracy
     )
     for picture in ("curves.png", "misclassified.png"):
         with Image.open(workdir / picture) as image:
@@ -104,26 +109,26 @@ def test_tensorboard_gets_what_the_metrics_file_gets(finished):
 
 
 def test_running_it_again_says_that_it_is_finished(finished):
-    workdir, evaluation, _ = finished
+    workdir, trained, _ = finished
     rows = read_metrics(workdir)
     again, output = _train(workdir)
     assert "finished: 23 steps are done" in output
     assert "compiling the training step" not in output
-    assert again.accuracy == evaluation.accuracy
+    assert again.accuracy == trained.accuracy
     assert read_metrics(workdir) == rows
 
 
 def test_evaluating_gives_the_accuracy_of_the_training(finished):
-    workdir, evaluation, _ = finished
-    again = train.evaluate(_config(), workdir, console=Console(file=io.StringIO()))
-    assert (again.accuracy, again.loss) == (evaluation.accuracy, evaluation.loss)
+    workdir, trained, _ = finished
+    again = evaluation.evaluate(_config(), workdir, console=Console(file=io.StringIO()))
+    assert (again.accuracy, again.loss) == (trained.accuracy, trained.loss)
 
 
 def test_pretrained_weights_are_evaluated_without_a_workdir(finished):
-    workdir, evaluation, _ = finished
+    workdir, trained, _ = finished
     config = _config(**{"model.pretrained": str(workdir)})
-    again = train.evaluate(config, console=Console(file=io.StringIO()))
-    assert (again.accuracy, again.loss) == (evaluation.accuracy, evaluation.loss)
+    again = evaluation.evaluate(config, console=Console(file=io.StringIO()))
+    assert (again.accuracy, again.loss) == (trained.accuracy, trained.loss)
 
 
 def test_a_converted_folder_is_evaluated_as_its_model_answers(tmp_path):
@@ -140,23 +145,24 @@ def test_a_converted_folder_is_evaluated_as_its_model_answers(tmp_path):
     config = recipes.digits()
     config.eval_batch_size = 360
     config.model.update(family="", name=name, pretrained=str(tmp_path / "converted"))
-    evaluation = train.evaluate(config, console=Console(file=io.StringIO()))
-    run = train.Run(config)
-    images = np.stack([run.evaluation_image(index) for index in range(355)])
-    labels = np.array([run.eval_source[index]["label"] for index in range(355)])
+    evaluated = evaluation.evaluate(config, console=Console(file=io.StringIO()))
+    run = Run(config)
+    records = [run.eval_source[index] for index in range(355)]
+    images = np.stack([run.eval_transform(record["image"]) for record in records])
+    labels = np.array([record["label"] for record in records])
     model.eval()
     images = normalize(images, mean=config.data.mean, std=config.data.std)
     logits = nnx.jit(lambda model, images: model(images))(model, images)
     log_probabilities = jax.nn.log_softmax(logits)
     loss = -jnp.mean(log_probabilities[np.arange(355), labels])
-    assert evaluation.loss == pytest.approx(float(loss), rel=1e-5)
-    np.testing.assert_array_equal(evaluation.predictions, logits.argmax(-1))
+    assert evaluated.loss == pytest.approx(float(loss), rel=1e-5)
+    np.testing.assert_array_equal(evaluated.predictions, logits.argmax(-1))
 
 
 def test_fine_tuning_starts_from_the_weights_and_a_fresh_head(finished):
     workdir, _, _ = finished
     trained = _restore(workdir, _config())
-    run = train.Run(_config(**{"model.pretrained": str(workdir), "model.fresh_head": True}))
+    run = Run(_config(**{"model.pretrained": str(workdir), "model.fresh_head": True}))
     initial = run.engine.initial_state()
     state = run.engine.with_weights(initial, run.pretrained_variables())
     for part in initial.params:
@@ -167,12 +173,12 @@ def test_fine_tuning_starts_from_the_weights_and_a_fresh_head(finished):
 
 
 def test_fine_tuning_goes_on_from_where_the_training_ended(finished, tmp_path):
-    workdir, evaluation, _ = finished
+    workdir, trained, _ = finished
     config = _config(epochs=0.3, **{"model.pretrained": str(workdir)})
     config.optimizer.update(learning_rate=1e-4, warmup_epochs=0.0)
     tuned, output = _train(tmp_path / "tuned", config)
     assert f"starting from {workdir}" in output
-    assert tuned.accuracy >= evaluation.accuracy - 0.02
+    assert tuned.accuracy >= trained.accuracy - 0.02
     # Continued, it does not start from them again: they may be gone.
     config.model.pretrained = str(tmp_path / "gone")
     again, output = _train(tmp_path / "tuned", config, accept_config_changes=True)
@@ -200,7 +206,22 @@ def test_weights_that_do_not_fit_are_refused_before_a_workdir_is_made(
 
 def test_evaluating_without_weights_is_refused():
     with pytest.raises(ValueError, match="Either `workdir` must be given, or"):
-        train.evaluate(_config())
+        evaluation.evaluate(_config())
+
+
+def _without_speed(rows):
+    """What a run on another day gives as well."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith("speed/")}
+        for row in rows
+    ]
+
+
+def _assert_same_run(workdir, expected, config):
+    assert _without_speed(read_metrics(workdir)) == _without_speed(read_metrics(expected))
+    jax.tree.map(
+        np.testing.assert_array_equal, _restore(workdir, config), _restore(expected, config)
+    )
 
 
 def test_a_run_that_died_ends_bit_for_bit_as_one_that_did_not(finished, tmp_path, monkeypatch):
@@ -208,30 +229,42 @@ def test_a_run_that_died_ends_bit_for_bit_as_one_that_did_not(finished, tmp_path
         pass
 
     steps_left = iter(range(15))
-    init = Engine.__init__
+    next_batch = PlacedBatches.__next__
 
-    def dies_after_fifteen_steps(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        step = self.train_step
-
-        def train_step(*inputs):
-            if next(steps_left, None) is None:
-                raise PowerCutError
-            return step(*inputs)
-
-        self.train_step = train_step
+    def dies_after_fifteen_steps(self):
+        # An evaluation's batches do not count.
+        if "mask" not in self._fields and next(steps_left, None) is None:
+            raise PowerCutError
+        return next_batch(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "__init__", dies_after_fifteen_steps)
+        patch.setattr(PlacedBatches, "__next__", dies_after_fifteen_steps)
         with pytest.raises(PowerCutError):
             _train(tmp_path)
     _, output = _train(tmp_path)
     assert "continuing after step 12" in output
-    workdir, _, _ = finished
-    assert read_metrics(tmp_path) == read_metrics(workdir)
-    jax.tree.map(
-        np.testing.assert_array_equal, _restore(tmp_path, _config()), _restore(workdir, _config())
-    )
+    _assert_same_run(tmp_path, finished[0], _config())
+
+
+def test_a_run_told_to_end_saves_and_goes_on_bit_for_bit(finished, tmp_path, monkeypatch):
+    steps = iter(range(1, 100))
+    next_batch = PlacedBatches.__next__
+
+    def told_to_end_in_the_tenth_step(self):
+        if "mask" not in self._fields and next(steps) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_batch(self)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(PlacedBatches, "__next__", told_to_end_in_the_tenth_step)
+        with pytest.raises(PreemptedError, match="step 10 of 23 is saved"):
+            _train(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before
+    # The row of step 12 is the mean over steps of both lives.
+    _, output = _train(tmp_path)
+    assert "continuing after step 10" in output
+    _assert_same_run(tmp_path, finished[0], _config())
 
 
 def test_a_checkpoint_is_read_on_another_mesh(finished):
@@ -257,17 +290,38 @@ def test_another_config_is_accepted_on_request(finished, tmp_path):
     assert [row["step"] for row in read_metrics(copied) if "train/loss" in row][-3:] == [23, 24, 25]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path):
-    config = _config(**{"optimizer.learning_rate": 1e30, "optimizer.warmup_epochs": 0.0})
-    with pytest.raises(FloatingPointError, match=r"loss of step \d+ is (nan|inf)"):
-        _train(tmp_path, config)
+def _overflowing(**changes):
+    # Nothing but the rate makes such a loss, of which each update leaves the parameters at once.
+    return _config(**{"optimizer.learning_rate": 1e30, "optimizer.warmup_epochs": 0.0, **changes})
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_examples(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"loss of step 2 is (nan|inf)"):
+        _train(tmp_path, _overflowing())
     assert not read_metrics(tmp_path)
+    assert not any((tmp_path / "checkpoints").iterdir())
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert report["step"] == 2
+    with Run(_overflowing()).training_batches(1) as batches:
+        next(batches)
+        assert report["indices"] == batches.indices.tolist()
+    assert report["examples"][0] == f"example {report['indices'][0]} of the digits' train split"
+
+
+def test_updates_with_such_a_loss_are_skipped_on_request_up_to_a_number(tmp_path):
+    config = _overflowing(on_nonfinite="skip", max_skipped_updates=5)
+    with pytest.raises(NonFiniteError, match=r"loss of step 7 .*the 6th in a row"):
+        _train(tmp_path, config)
+    config = _overflowing(on_nonfinite="skip", max_skipped_updates=50)
+    _train(tmp_path / "patient", config)
+    rows = [row for row in read_metrics(tmp_path / "patient") if "train/loss" in row]
+    assert [row["train/skipped_updates"] for row in rows] == [3, 4, 4, 4, 4, 3]
 
 
 def test_evaluating_without_a_checkpoint_leaves_nothing_behind(tmp_path):
     workdir = tmp_path / "new"
     with pytest.raises(ValueError, match="must hold a checkpoint"):
-        train.evaluate(_config(), workdir)
+        evaluation.evaluate(_config(), workdir)
     assert not workdir.exists()
 
 
@@ -275,7 +329,17 @@ def test_evaluating_without_a_checkpoint_leaves_nothing_behind(tmp_path):
     ("changes", "message"),
     [
         ({"batch_size": 2000}, r"`config.batch_size` must be at most the 1,442.*got 2000"),
-        ({"batch_size": 100}, r"divide by the 8 devices, got 100. Use 104"),
+        ({"batch_size": 100}, r"the 8 devices x 1 accumulation steps, got 100. Use 104"),
+        ({"accumulation_steps": 3}, r"the 8 devices x 3 accumulation steps, got 128. Use 144"),
+        ({"optimizer.name": "sgd"}, r"`config.optimizer.name` must be 'adamw' or 'lamb', got 'sgd"),
+        ({"optimizer.schedule": "linear"}, r"must be 'cosine' or 'constant', got 'linear'"),
+        ({"ema.decay": 1.0}, r"`config.ema.decay` must be in \[0, 1\), got 1.0"),
+        ({"on_nonfinite": "pray"}, r"`config.on_nonfinite` must be 'stop' or 'skip', got 'pray'"),
+        ({"profile_steps": (5,)}, r"the first and the last step of a trace, or \(\), got \(5,\)"),
+        (
+            {"optimizer.head_only": True, "optimizer.layer_decay": 0.7},
+            r"`config.optimizer.layer_decay` must be 1 where .* got 0.7",
+        ),
         ({"batch_size": 0}, r"`config.batch_size` must be positive, got 0"),
         ({"seed": -1}, r"`config.seed` must not be negative, got -1"),
         ({"label_smoothing": 1.0}, r"`config.label_smoothing` must be in \[0, 1\), got 1.0"),
@@ -327,13 +391,13 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
 def test_resumed_metrics_have_no_step_twice_and_lose_a_torn_line(tmp_path):
     with MetricWriter(tmp_path) as writer:
         for step in (1, 2, 3):
-            writer.write(step, {"loss": float(step)})
+            writer.write(step, train={"loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     with MetricWriter(tmp_path, start_step=2) as writer:
-        writer.write(3, {"loss": 30.0})
+        writer.write(3, train={"loss": 30.0})
     assert read_metrics(tmp_path) == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 3, "loss": 30.0},
+        {"step": 1, "train/loss": 1.0},
+        {"step": 2, "train/loss": 2.0},
+        {"step": 3, "train/loss": 30.0},
     ]

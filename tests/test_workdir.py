@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import reference
@@ -10,6 +11,7 @@ from flax import nnx
 from test_convert_torch_weights import load_program
 
 from metaformer_jax import create_model
+from metaformer_jax.training import recipes
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights import CheckpointError
@@ -42,9 +44,20 @@ def workdir(tmp_path_factory, variables):
                 )
                 for frozen in (False, True)
             ]
-            state = TrainState(np.int32(step), *halves, {"mu": np.ones(3, np.float32)})
-            checkpoints.save(state, metrics={"accuracy": 0.5})
+            save(checkpoints, step, *halves)
     return folder
+
+
+def save(checkpoints, step, params, frozen, ema=None):
+    state = TrainState(
+        step=np.int32(step),
+        params=params,
+        frozen=frozen,
+        opt_state={"mu": np.ones(3, np.float32)},
+        ema=ema or {},
+        num_skipped=np.int32(0),
+    )
+    checkpoints.save(state, {"accuracy": 0.5}, [], recipes.digits())
 
 
 def is_frozen(path):
@@ -53,6 +66,22 @@ def is_frozen(path):
 
 def test_a_model_takes_the_newest_weights(workdir, variables):
     model = create_model(NAME, pretrained=workdir, rngs=nnx.Rngs(0))
+    for path, variable in variables_of(model).items():
+        np.testing.assert_array_equal(variable[...], variables[path])
+
+
+def test_of_a_run_that_averages_the_average_is_taken(variables, tmp_path):
+    params, frozen = (
+        nnx.traversals.unflatten_mapping(
+            {path: value for path, value in variables.items() if of_kind == is_frozen(path)}
+        )
+        for of_kind in (False, True)
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model.name": NAME}))
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        twice = jax.tree.map(lambda value: 2 * value, params)
+        save(checkpoints, 1, twice, frozen, ema=params)
+    model = create_model(NAME, pretrained=tmp_path, rngs=nnx.Rngs(0))
     for path, variable in variables_of(model).items():
         np.testing.assert_array_equal(variable[...], variables[path])
 

@@ -141,12 +141,12 @@ class Dropout(nnx.Dropout):
     """Flax's dropout, which also takes `ImageKeys`."""
 
     def __call__(
-        self, x: Float[Array, "b *c"], *, rngs: nnx.Rngs | ImageKeys | None = None
+        self, inputs: Float[Array, "b *c"], *, deterministic: bool | None = None, rngs: Any = None
     ) -> Float[Array, "b *c"]:
-        drop = super().__call__
+        drop = functools.partial(super().__call__, deterministic=deterministic)
         if not isinstance(rngs, ImageKeys):
-            return drop(x, rngs=rngs)
-        return jax.vmap(lambda image, key: drop(image[None], rngs=key)[0])(x, rngs())
+            return drop(inputs, rngs=rngs)
+        return jax.vmap(lambda image, key: drop(image[None], rngs=key)[0])(inputs, rngs())
 
 
 class DropPath(Dropout):

@@ -1,22 +1,31 @@
 """Checkpoints of a run: written in the background, complete or not there at all."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from importlib import metadata
 from types import TracebackType
 from typing import Self
 
+import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from metaformer_jax.training import settings
 from metaformer_jax.training.step import TrainState
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "metaformer-jax")
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
 class Checkpoints:
     """The checkpoints of one run, one folder per step, with Orbax.
 
-    A checkpoint holds the state, the metrics of its evaluation and the versions of the packages.
+    A checkpoint holds the state, the metrics of its evaluation, the config and the versions of the
+    packages.
     It appears under its name only when all of it is written.
 
     Args:
@@ -54,31 +63,71 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        with _explained():
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, *, metrics: dict[str, float]) -> None:
-        """Starts to write a checkpoint; errors of the one before surface here."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(vars(state)),
-                versions=ocp.args.JsonSave(_versions()),
-            ),
-            metrics=metrics,
-        )
+    def save(
+        self,
+        state: TrainState,
+        figures: dict[str, float] | None,
+        pending: list[dict[str, float]],
+        config: ml_collections.ConfigDict,
+    ) -> None:
+        """Starts to write a checkpoint; errors of the one before surface here.
+
+        Args:
+            state: all arrays.
+            figures: of its evaluation; None where the run ends before its time.
+            pending: figures of steps that no row of metrics holds yet.
+            config: the run's.
+
+        Raises:
+            SaveError: this one cannot be written, or the one before could not.
+        """
+        about = {"versions": _versions(), "config": settings.flatten(config)}
+        with _explained():
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(vars(state)),
+                    pending=ocp.args.JsonSave({"steps": pending}),
+                    about=ocp.args.JsonSave(about),
+                ),
+                metrics=figures,
+                # Whoever asks has decided when.
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Until all is written.
+
+        Raises:
+            SaveError: it could not be.
+        """
+        with _explained():
+            self._manager.wait_until_finished()
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """The newest checkpoint, laid out as `abstract_state` wants it."""
-        step = self.latest_step()
         restored = self._manager.restore(
-            step,
+            self.latest_step(),
             args=ocp.args.Composite(state=ocp.args.StandardRestore(vars(abstract_state))),
         )
         return TrainState(**restored["state"])
+
+    def pending_metrics(self) -> list[dict[str, float]]:
+        """What was `pending` when the newest checkpoint was saved; [] without one."""
+        step = self.latest_step()
+        if step is None:
+            return []
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(pending=ocp.args.JsonRestore())
+        )
+        return restored["pending"]["steps"]
 
     def metrics(self, step: int) -> dict[str, float]:
         """The evaluation that was saved with a checkpoint."""
@@ -89,6 +138,19 @@ def has_checkpoint(directory: pathlib.Path) -> bool:
     """Whether a complete checkpoint is there; looking makes nothing."""
     # Orbax writes this file last.
     return any(directory.glob("*/_CHECKPOINT_METADATA"))
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    # Whatever goes wrong in any layer below: the file system, TensorStore, Orbax.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise SaveError(
+            f"A checkpoint could not be written: {reason}. Those before it are good: make room, "
+            "and the same command continues."
+        ) from error
 
 
 def _versions() -> dict[str, str]:

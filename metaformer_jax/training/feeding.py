@@ -22,15 +22,17 @@ class PlacedBatches(Iterator[dict[str, jax.Array]]):
         fields: what the step takes of a batch.
 
     Attributes:
-        num_replaced: examples of the last batch that stand in for bad ones.
+        num_replaced: examples of the last batch that stand in for bad ones, on this process.
+        indices: places in the source of the last batch's examples, likewise.
     """
 
     def __init__(self, batches: Iterable[Any], mesh: Mesh, *, fields: tuple[str, ...]):
         self._batches = iter(batches)
         self._mesh = mesh
         self._fields = fields
-        self._placed: collections.deque[tuple[dict[str, jax.Array], int]] = collections.deque()
+        self._placed: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
         self.num_replaced = 0
+        self.indices = np.zeros(0, np.int32)
 
     def __next__(self) -> dict[str, jax.Array]:
         while len(self._placed) < 2:
@@ -38,9 +40,11 @@ class PlacedBatches(Iterator[dict[str, jax.Array]]):
             if batch is None:
                 break
             local = {field: batch[field] for field in self._fields}
-            num_replaced = int(np.sum(batch["bad"] >= 0))
-            self._placed.append((sharding.shard_batch(local, self._mesh), num_replaced))
+            about = {field: batch[field] for field in ("bad", "index")}
+            self._placed.append((sharding.shard_batch(local, self._mesh), about))
         if not self._placed:
             raise StopIteration
-        placed, self.num_replaced = self._placed.popleft()
+        placed, about = self._placed.popleft()
+        self.num_replaced = int(np.sum(about["bad"] >= 0))
+        self.indices = about["index"]
         return placed

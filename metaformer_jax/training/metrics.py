@@ -1,17 +1,66 @@
-"""The numbers of a run, as JSON lines and as TensorBoard events."""
+"""The numbers of a run, as JSON lines, as TensorBoard events, and for Weights & Biases."""
 
+import hashlib
 import json
+import math
 import pathlib
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 import numpy as np
 import tensorboardX
 from jaxtyping import UInt8
 
+from metaformer_jax.training.guard import Guard
+
+
+class PendingMetrics:
+    """Figures of the steps since the last row, on the devices until they are asked for.
+
+    Args:
+        guard: looks at every step's.
+        restored: what was pending when a checkpoint was saved.
+    """
+
+    def __init__(self, guard: Guard, restored: list[dict[str, float]] | None = None):
+        self._guard = guard
+        self._on_host = list(restored or [])
+        self._on_device: list[tuple[int, dict[str, Any]]] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array], *, num_replaced: int) -> None:
+        """Adds a step's, without waiting for it."""
+        self._on_device.append((step, {**metrics, "num_replaced": num_replaced}))
+
+    def to_host(self) -> list[dict[str, float]]:
+        """All of them, step by step; waits for the last step.
+
+        Raises:
+            NonFiniteError: a step's loss or gradient is not finite.
+        """
+        arrived = jax.device_get(self._on_device)
+        self._on_device = []
+        for step, metrics in arrived:
+            figures = {name: float(value) for name, value in metrics.items()}
+            was_updated = self._guard.check(step, figures)
+            self._on_host.append({"updated": float(was_updated), **figures})
+        return self._on_host
+
+    def take(self) -> dict[str, float]:
+        """One row of all of them: means over the steps that made an update, and counts."""
+        steps, self._on_host = self.to_host(), []
+        updated = [figures for figures in steps if figures["updated"]]
+        row = {
+            name: float(np.mean([figures[name] for figures in updated])) if updated else math.nan
+            for name in ("loss", "accuracy", "grad_norm")
+        }
+        row["replaced_examples"] = int(sum(figures["num_replaced"] for figures in steps))
+        row["skipped_updates"] = len(steps) - len(updated)
+        return row
+
 
 class MetricWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard's events in `tensorboard/`.
+    """Appends to `metrics.jsonl`, to TensorBoard's events in `tensorboard/`, and to W&B if asked.
 
     A resumed run continues the file: rows after the step that it resumes from are taken out, so
     that no step stands there twice.
@@ -19,28 +68,55 @@ class MetricWriter:
     Args:
         workdir: the run's folder.
         start_step: updates done before the first row to come.
+        is_writer: whether this process writes at all.
+        wandb_project: of Weights & Biases; empty for none.
+        config: what W&B is told of the run.
+
+    Raises:
+        ImportError: W&B is asked for and not installed.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, start_step: int = 0):
-        self._path = workdir / "metrics.jsonl"
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        start_step: int = 0,
+        is_writer: bool = True,
+        wandb_project: str = "",
+        config: dict[str, Any] | None = None,
+    ):
+        self._is_writer = is_writer
+        if not is_writer:
+            return
+        path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        rewritten = self._path.with_suffix(".tmp")
+        rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        rewritten.replace(self._path)
-        self._file = self._path.open("a")
+        rewritten.replace(path)
+        self._wandb = _start_wandb(wandb_project, workdir, config or {}) if wandb_project else None
+        self._file = path.open("a")
         self._events = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start_step + 1
         )
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds one row: the values after so many updates."""
+    def write(self, step: int, **groups: dict[str, float]) -> None:
+        """Adds one row: the values after so many updates, named `group/name`."""
+        if not self._is_writer:
+            return
+        values = {
+            f"{group}/{name}": value for group, row in groups.items() for name, value in row.items()
+        }
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def write_picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         """Adds a picture to TensorBoard's events."""
+        if not self._is_writer:
+            return
         self._events.add_image(name, picture, step, dataformats="HWC")
 
     def __enter__(self) -> Self:
@@ -52,8 +128,31 @@ class MetricWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self._is_writer:
+            return
         self._file.close()
         self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(kind is not None))
+
+
+def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            f"`config.wandb.project` is {project!r}, but wandb is not installed: pip install wandb"
+        ) from error
+    # A resumed run is the same one there: it is known by its folder.
+    run_id = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(
+        project=project,
+        id=run_id,
+        name=workdir.name,
+        dir=str(workdir),
+        config=config,
+        resume="allow",
+    )
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

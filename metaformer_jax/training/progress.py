@@ -1,46 +1,52 @@
 """What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
-    Task,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.text import Text
+
+from metaformer_jax.training.devices import model_flops_utilization
 
 # Without a terminal a line is printed this often, in seconds, so that logs stay short.
 _SECONDS_PER_LINE = 10.0
 
 
-class _StepsPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} steps/s" if task.speed else "- steps/s")
-
-
 class TrainingProgress:
-    """Steps done, steps per second, remaining time, and the latest loss and accuracy.
+    """Steps done, speed, remaining time, and the latest figures.
 
     Args:
         console: where it is shown.
         total_steps: updates of the whole training.
         start_step: updates done before.
+        batch_size: images of a step.
+        macs_per_image: multiply-adds of the model's forward pass.
     """
 
-    def __init__(self, console: Console, *, total_steps: int, start_step: int = 0):
+    def __init__(
+        self,
+        console: Console,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        batch_size: int,
+        macs_per_image: int,
+    ):
         self._console = console
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            _StepsPerSecond(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
@@ -50,27 +56,80 @@ class TrainingProgress:
             "", start=False, total=total_steps, completed=start_step, figures=""
         )
         self._total_steps = total_steps
-        self._first_step: int | None = None
+        self._batch_size = batch_size
+        self._macs_per_image = macs_per_image
+        self._since: float | None = None
+        self._since_step = start_step
+        self._waited = 0.0
+        self._figures = ""
+        self._last_line = 0.0
 
-    def update(self, step: int, figures: str = "") -> None:
-        """Shows that so many steps are done; new figures replace the old.
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time within."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
 
-        The clock starts with the first call: the step before it includes compiling.
-        """
-        now = time.monotonic()
-        if self._first_step is None:
-            self._first_step, self._started, self._last_line = step, now, now
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time within, an evaluation's, out of the speed."""
+        start = time.monotonic()
+        yield
+        if self._since is not None:
+            self._since += time.monotonic() - start
+
+    def update(self, step: int) -> None:
+        """Shows that so many steps were started."""
+        if self._since is None:
+            # The first step has waited for the workers to start.
+            self._since, self._since_step, self._waited = time.monotonic(), step, 0.0
+            self._last_line = self._since
             self._bar.start_task(self._task)
         self._bar.update(self._task, completed=step)
-        if figures:
-            self._bar.update(self._task, figures=figures)
-        if figures and not self._console.is_terminal and now - self._last_line > _SECONDS_PER_LINE:
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Since the last call, when all steps up to this one are done: speed, and waiting's share.
+
+        Nothing where no step was timed.
+        """
+        now = time.monotonic()
+        if self._since is None or step <= self._since_step:
+            return {}
+        elapsed = max(now - self._since, 1e-9)
+        images_per_second = (step - self._since_step) * self._batch_size / elapsed
+        speed = {
+            "images_per_second": images_per_second,
+            "images_per_second_per_device": images_per_second / jax.device_count(),
+            "data_wait": min(self._waited / elapsed, 1.0),
+        }
+        utilization = model_flops_utilization(images_per_second, self._macs_per_image)
+        if utilization is not None:
+            speed["mfu"] = utilization
+        self._since, self._since_step, self._waited = now, step, 0.0
+        return speed
+
+    def show(self, step: int, figures: dict[str, float], *, held_out: str) -> None:
+        """Shows the latest figures; elsewhere than on a terminal as a line, now and then."""
+        parts = [f"loss {figures['loss']:.3f}  accuracy {figures['accuracy']:.1%}{held_out}"]
+        speed = figures.get("images_per_second")
+        if speed:
+            parts.append(f"{speed:,.0f} images/s")
+            if jax.device_count() > 1:
+                parts.append(f"{figures['images_per_second_per_device']:,.0f} per device")
+            if "mfu" in figures:
+                parts.append(f"MFU {figures['mfu']:.0%}")
+            parts.append(f"waiting for data {figures['data_wait']:.0%}")
+        shown = "  ".join(parts)
+        self._bar.update(self._task, figures=shown)
+        now = time.monotonic()
+        if not self._console.is_terminal and speed and now - self._last_line > _SECONDS_PER_LINE:
             self._last_line = now
-            speed = (step - self._first_step) / (now - self._started)
-            remaining = (self._total_steps - step) / speed
+            remaining = (self._total_steps - step) * self._batch_size / speed
             self._console.print(
-                f"step {step}/{self._total_steps}  {speed:.1f} steps/s  "
-                f"{remaining:.0f} s left  {figures}"
+                f"step {step}/{self._total_steps}  {_duration(remaining)} left  {shown}",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def __enter__(self) -> Self:
@@ -84,3 +143,22 @@ class TrainingProgress:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+
+@contextlib.contextmanager
+def evaluation_progress(console: Console | None, num_batches: int) -> Iterator[Callable[[], None]]:
+    """A bar over so many batches, on a terminal; gives what moves it on by one."""
+    if console is None or not console.is_terminal:
+        yield lambda: None
+        return
+    columns = (TextColumn("evaluation"), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=num_batches)
+        yield lambda: bar.advance(task)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"

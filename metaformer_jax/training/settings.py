@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from metaformer_jax.training import recipes
+from metaformer_jax.training import optim, recipes
 
 
 def check_fields(config: ml_collections.ConfigDict) -> None:
@@ -27,12 +27,15 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     positive = (
         "epochs",
         "batch_size",
+        "accumulation_steps",
         "eval_batch_size",
         "log_every_steps",
         "eval_every_epochs",
         "data.image_size",
         "mixing.group_size",
         "optimizer.learning_rate",
+        "optimizer.layer_decay",
+        "max_skipped_updates",
         "checkpoint.every_epochs",
         "checkpoint.keep",
     )
@@ -41,6 +44,7 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"`config.{field}` must be positive, got {given[field]}.")
     not_negative = (
         "seed",
+        "cooldown_epochs",
         "data.num_threads",
         "data.max_bad_fraction",
         "augment.color_jitter",
@@ -61,7 +65,7 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
             f"`config.optimizer.warmup_epochs` must be less than the {given['epochs']:g} epochs of "
             f"the training, got {given['optimizer.warmup_epochs']:g}."
         )
-    for field in ("label_smoothing", "optimizer.b1", "optimizer.b2"):
+    for field in ("label_smoothing", "optimizer.b1", "optimizer.b2", "ema.decay"):
         if not 0 <= given[field] < 1:
             raise ValueError(f"`config.{field}` must be in [0, 1), got {given[field]}.")
     for field in ("mixing.switch_probability", "mixing.probability", "erasing_probability"):
@@ -83,9 +87,27 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
                 f"`config.{field}` must be left out without config.model.pretrained, got "
                 f"{given[field]!r}."
             )
-    if given["model.dtype"] not in ("float32", "bfloat16"):
+    choices = {
+        "model.dtype": ("float32", "bfloat16"),
+        "optimizer.name": optim.OPTIMIZERS,
+        "optimizer.schedule": optim.SCHEDULES,
+        "optimizer.schedule_by": ("epoch", "step"),
+        "on_nonfinite": ("stop", "skip"),
+    }
+    for field, values in choices.items():
+        if given[field] not in values:
+            allowed = " or ".join(repr(value) for value in values)
+            raise ValueError(f"`config.{field}` must be {allowed}, got {given[field]!r}.")
+    if given["optimizer.head_only"] and given["optimizer.layer_decay"] != 1:
         raise ValueError(
-            f"`config.model.dtype` must be 'float32' or 'bfloat16', got {given['model.dtype']!r}."
+            "`config.optimizer.layer_decay` must be 1 where config.optimizer.head_only leaves one "
+            f"layer to train, got {given['optimizer.layer_decay']:g}."
+        )
+    steps = given["profile_steps"]
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise ValueError(
+            "`config.profile_steps` must be the first and the last step of a trace, or (), got "
+            f"{tuple(steps)}."
         )
 
 
@@ -118,9 +140,19 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def claim_workdir(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict, *, accept_changes: bool = False
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    *,
+    accept_changes: bool = False,
+    is_writer: bool = True,
 ) -> None:
     """Makes the folder and writes `config.json`, or checks that this config made it.
+
+    Args:
+        workdir: the run's folder.
+        config: what the run does.
+        accept_changes: another config may have made it.
+        is_writer: whether this process writes; each one checks.
 
     Raises:
         ValueError: another config made it, and `accept_changes` is not set; or it cannot be
@@ -133,6 +165,8 @@ def claim_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists() and not accept_changes:
             _check_same(json.loads(path.read_text()), mine, workdir)
+        if not is_writer:
+            return
         part = path.with_suffix(".tmp")
         part.write_text(json.dumps(mine, indent=2) + "\n")
         part.replace(path)

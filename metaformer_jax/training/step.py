@@ -294,16 +294,22 @@ class Engine:
         return jax.lax.scan(add_part, sums, parts)[0]
 
     def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
-        """For each example its loss, prediction and that one's probability, and what came along."""
+        """For each example its loss, prediction and that one's probability, its class's rank."""
 
         def on_device(params: Tree, frozen: Tree, images: Array, labels: Array) -> dict[str, Array]:
             params = sharding.gather(params, self._specs.params)
             frozen = sharding.gather(frozen, self._specs.frozen)
             logits = self._logits(params, frozen, self._transform.evaluation(images), None)
+            prediction = logits.argmax(-1).astype(jnp.int32)
+            of_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+            num_above = jnp.sum(~(logits < of_label), axis=-1, dtype=jnp.int32) - 1
+            # Of equals the first is predicted; what is not a number is never right.
+            is_right = (prediction == labels) & ~jnp.isnan(of_label[:, 0])
             return {
                 "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
-                "prediction": logits.argmax(-1).astype(jnp.int32),
+                "prediction": prediction,
                 "probability": jax.nn.softmax(logits).max(-1),
+                "rank": jnp.where(is_right, 0, jnp.maximum(num_above, 1)),
                 "label": labels,
             }
 

@@ -29,7 +29,9 @@ def model_name(path: pathlib.Path) -> str | None:
 
 
 def read_workdir(path: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
-    """The tensors of the newest checkpoint in the flax layout, and which one it is.
+    """The tensors of the newest checkpoint in the flax layout, averaged if the run averages them.
+
+    The second result says which checkpoint it is.
 
     Raises:
         CheckpointError: there is no complete one, or it is damaged.
@@ -47,7 +49,9 @@ def read_workdir(path: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
     try:
         metadata: dict[str, Any] = handler.metadata(state).tree
         # The optimiser's moments, twice as large, stay on the disk.
-        wanted = {entry: metadata[entry] for entry in ("params", "frozen") if metadata.get(entry)}
+        # A run that keeps a moving average keeps it for this.
+        entries = ("ema" if metadata.get("ema") else "params", "frozen")
+        wanted = {entry: metadata[entry] for entry in entries if metadata.get(entry)}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         restored = handler.restore(
             state,

@@ -1,0 +1,15 @@
+"""ConvFormer-M36: trains as published; a stage after the file's name goes on from there.
+
+convformer_m36.py                 ImageNet-1K at 224 pixels
+convformer_m36.py:384             fine-tunes it at 384
+convformer_m36.py:in21k           ImageNet-21K at 224
+convformer_m36.py:in21ft1k        fine-tunes that on ImageNet-1K at 224
+convformer_m36.py:384_in21ft1k    fine-tunes that on ImageNet-1K at 384
+"""
+
+from metaformer_jax.training import recipes
+
+
+def get_config(stage=""):
+    """The config, to be changed with --config.<field>=<value>."""
+    return recipes.published("convformer_m36", stage)

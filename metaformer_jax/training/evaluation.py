@@ -1,0 +1,155 @@
+"""Loss and accuracy over every evaluation example, and what was got wrong."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from rich.console import Console
+
+from metaformer_jax.training.checkpoint import Checkpoints, has_checkpoint
+from metaformer_jax.training.pictures import draw_misclassified
+from metaformer_jax.training.progress import evaluation_progress
+from metaformer_jax.training.run import Run
+from metaformer_jax.training.step import TrainState
+
+# Most of what a picture of misclassified images can show at a readable size.
+_MAX_PICTURED = 48
+_TOP = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Results over all evaluation examples; the arrays in the order of the source.
+
+    `indices` are places in the source: an example that cannot be read is left out. `ranks` are
+    those of the right class, 0 where the prediction is right.
+    """
+
+    accuracy: float
+    top5_accuracy: float
+    loss: float
+    predictions: np.ndarray
+    probabilities: np.ndarray
+    ranks: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+
+    def figures(self) -> dict[str, float]:
+        """The numbers that are logged."""
+        figures = {"accuracy": self.accuracy, "loss": self.loss}
+        return figures | {"top5_accuracy": self.top5_accuracy}
+
+    def __str__(self) -> str:
+        num_right, num_in_top = (int(np.sum(self.ranks < top)) for top in (1, _TOP))
+        of = len(self.labels)
+        return (
+            f"accuracy {self.accuracy:.2%} ({num_right} of {of})  "
+            f"top-{_TOP} {self.top5_accuracy:.2%} ({num_in_top} of {of})  loss {self.loss:.4f}"
+        )
+
+
+def evaluate_state(run: Run, state: TrainState, *, console: Console | None = None) -> Evaluation:
+    """Evaluates parameters on every example of the run's evaluation source, once each.
+
+    Args:
+        run: data, model and devices.
+        state: the parameters.
+        console: where a bar shows how far it is; none by default.
+    """
+    num_batches = -(-len(run.eval_source) // run.eval_batch_size)
+    with (
+        run.evaluation_batches() as batches,
+        evaluation_progress(console, num_batches) as advance,
+    ):
+        outputs = []
+        for batch in batches:
+            outputs.append(run.engine.eval_step(state, batch))
+            # One batch is computed while the next is placed, and no more are held.
+            if len(outputs) > 1:
+                outputs[-2] = jax.device_get(outputs[-2])
+            advance()
+        outputs = jax.device_get(outputs)
+    columns = {key: np.concatenate([output[key] for output in outputs]) for key in outputs[0]}
+    present = {key: column[columns["mask"]] for key, column in columns.items()}
+    return Evaluation(
+        accuracy=float(np.mean(present["rank"] == 0)),
+        top5_accuracy=float(np.mean(present["rank"] < _TOP)),
+        loss=float(np.mean(present["loss"], dtype=np.float64)),
+        predictions=present["prediction"],
+        probabilities=present["probability"],
+        ranks=present["rank"],
+        labels=present["label"],
+        indices=present["index"],
+    )
+
+
+def evaluate(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path | None = None,
+    *,
+    console: Console | None = None,
+) -> Evaluation:
+    """Evaluates the newest checkpoint of a run, or without a workdir the pretrained weights.
+
+    Of a run that keeps a moving average both are evaluated, and the average is returned.
+
+    Raises:
+        ValueError: the config is wrong, the workdir holds no checkpoint, or the weights do not fit.
+    """
+    console = console or Console()
+    run = Run(config)
+    if workdir is None:
+        state = _pretrained_state(run)
+    elif not has_checkpoint(workdir / "checkpoints"):
+        raise ValueError(
+            f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with "
+            "--mode=train; or leave it out to evaluate config.model.pretrained."
+        )
+    else:
+        with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+            state = checkpoints.restore(run.engine.abstract_state)
+    evaluation = evaluate_state(run, state, console=console)
+    if state.ema:
+        console.print(f"last     {evaluation}", highlight=False)
+        evaluation = evaluate_state(run, run.engine.averaged(state), console=console)
+    console.print(f"average  {evaluation}" if state.ema else str(evaluation), highlight=False)
+    return evaluation
+
+
+def picture_misclassified(run: Run, evaluation: Evaluation, path: pathlib.Path) -> None:
+    """Draws the images that a model got wrong, those first of which it was surest."""
+    wrong = np.flatnonzero(evaluation.ranks)
+    surest_first = wrong[np.argsort(-evaluation.probabilities[wrong], kind="stable")]
+    names = run.eval_source.class_names
+    draw_misclassified(
+        [
+            (
+                run.eval_transform(run.eval_source[int(evaluation.indices[row])]["image"]),
+                names[evaluation.labels[row]],
+                names[evaluation.predictions[row]],
+                float(evaluation.probabilities[row]),
+            )
+            for row in surest_first[:_MAX_PICTURED].tolist()
+        ],
+        path,
+        title=f"{len(wrong)} of {len(evaluation.labels)} misclassified",
+    )
+
+
+def _pretrained_state(run: Run) -> TrainState:
+    config = run.config.model
+    if not config.pretrained or config.fresh_head:
+        raise ValueError(
+            "Either `workdir` must be given, or `config.model.pretrained` without a fresh head, to "
+            f"have something to evaluate, got {config.pretrained!r} and fresh_head="
+            f"{config.fresh_head}."
+        )
+    # Every value is replaced: none is drawn. An evaluation asks for no optimiser.
+    undrawn = dataclasses.replace(
+        run.engine.abstract_state, step=jnp.zeros((), jnp.int32), opt_state=(), ema={}
+    )
+    undrawn = dataclasses.replace(undrawn, num_skipped=undrawn.step)
+    return run.engine.with_weights(undrawn, run.pretrained_variables())

@@ -1,0 +1,68 @@
+"""Watches the loss and gradient of every step, and names the examples where they are not finite."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+
+from metaformer_jax.data.sources import Source
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is not finite, and the training is to stop."""
+
+
+class Guard:
+    """Looks at the steps' figures as they come back, and at who was in a batch.
+
+    Args:
+        workdir: where `nonfinite.json` is written.
+        source: the examples, to name them.
+        max_skipped: updates that may be lost in a row; 0 stops at the first.
+        process_index: of this process, which knows its own share of a batch.
+    """
+
+    def __init__(
+        self, workdir: pathlib.Path, source: Source, *, max_skipped: int, process_index: int = 0
+    ):
+        suffix = f"-process{process_index}" if process_index else ""
+        self._path = workdir / f"nonfinite{suffix}.json"
+        self._source = source
+        self._max_skipped = max_skipped
+        self._indices: dict[int, np.ndarray] = {}
+
+    def expect(self, step: int, indices: np.ndarray) -> None:
+        """Remembers the places in the source of a step's examples."""
+        self._indices[step] = indices
+
+    def check(self, step: int, figures: dict[str, float]) -> bool:
+        """Whether a step's update took place.
+
+        Raises:
+            NonFiniteError: it did not, and it was one too many; a report is written.
+        """
+        indices = self._indices.pop(step)
+        loss, grad_norm = float(figures["loss"]), float(figures["grad_norm"])
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return True
+        if figures["num_skipped"] > self._max_skipped:
+            report = {
+                "step": step,
+                "loss": str(loss),
+                "grad_norm": str(grad_norm),
+                "updates_lost_in_a_row": int(figures["num_skipped"]),
+                "indices": indices.tolist(),
+                "examples": [self._source.describe(int(index)) for index in indices],
+            }
+            self._path.write_text(json.dumps(report, indent=2) + "\n")
+            lost = (
+                f", the {report['updates_lost_in_a_row']}th in a row" if self._max_skipped else ""
+            )
+            raise NonFiniteError(
+                f"The loss of step {step} is {loss} and its gradient norm {grad_norm}{lost}. Its "
+                f"examples are named in {self._path}. The update was not made and the last "
+                "checkpoint is good: lower optimizer.learning_rate, set optimizer.max_grad_norm, "
+                "or go on without such updates by on_nonfinite='skip'."
+            )
+        return False

@@ -1,0 +1,257 @@
+"""What a config describes, built: the only module, with `train`, that sees a ConfigDict."""
+
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from metaformer_jax import models
+from metaformer_jax.data import augment, loader
+from metaformer_jax.data.device import DeviceTransform, check_groups
+from metaformer_jax.data.randaugment import parse_policy
+from metaformer_jax.data.sources import open_source
+from metaformer_jax.training import optim, settings, sharding
+from metaformer_jax.training.feeding import PlacedBatches
+from metaformer_jax.training.step import Average, Engine
+from metaformer_jax.weights import hub
+from metaformer_jax.weights.convert import Variables
+from metaformer_jax.weights.pretrained import fitted_variables
+
+
+class Run:
+    """What a config describes, built and checked, before anything is compiled.
+
+    Args:
+        config: all fields of `recipes.base_config()`.
+
+    Raises:
+        ValueError: a field is unknown, missing or out of range, or fields contradict each other.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        settings.check_fields(config)
+        self.config = config
+        data = config.data
+        self.train_source = open_source(data.name, "train", root=data.root)
+        self.eval_source = open_source(data.name, "eval", root=data.root)
+        self.num_classes = len(self.train_source.class_names)
+        channels = self.train_source.channels
+        for field in ("mean", "std"):
+            if len(data[field]) != channels:
+                raise ValueError(
+                    f"`config.data.{field}` must have one value for each of the {channels} "
+                    f"channels of {data.name!r}, got {tuple(data[field])}."
+                )
+        if config.batch_size > len(self.train_source):
+            raise ValueError(
+                f"`config.batch_size` must be at most the {len(self.train_source):,} training "
+                f"examples of {data.name!r}, got {config.batch_size}."
+            )
+        self.train_transform, self.eval_transform = _host_transforms(config, channels)
+        self.workers = _workers(data)
+        self.steps_per_epoch = len(self.train_source) / config.batch_size
+        epochs = config.epochs + config.cooldown_epochs
+        self.total_steps = max(1, round(epochs * self.steps_per_epoch))
+        mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        device_transform = _device_transform(config, self.num_classes)
+        _check_batch(config, mesh.size, mixes=device_transform.mixes)
+        # What is missing to a whole batch is filled up and does not count.
+        self.eval_batch_size = math.ceil(config.eval_batch_size / mesh.size) * mesh.size
+        self.schedule = optim.by_step(
+            optim.epoch_schedule(
+                config.optimizer.schedule,
+                peak=config.optimizer.learning_rate,
+                epochs=config.epochs,
+                warmup_epochs=config.optimizer.warmup_epochs,
+                warmup_from=config.optimizer.warmup_learning_rate,
+                end=config.optimizer.min_learning_rate,
+            ),
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            per_epoch=config.optimizer.schedule_by == "epoch",
+        )
+        self.engine = Engine(
+            _model_builder(config, self.num_classes, channels),
+            optim.make_optimizer(
+                config.optimizer.name,
+                self.schedule,
+                b1=config.optimizer.b1,
+                b2=config.optimizer.b2,
+                eps=config.optimizer.eps,
+                weight_decay=config.optimizer.weight_decay,
+                max_grad_norm=config.optimizer.max_grad_norm or None,
+                layer_decay=config.optimizer.layer_decay,
+            ),
+            mesh=mesh,
+            transform=device_transform,
+            seed=config.seed,
+            num_micro_batches=config.accumulation_steps,
+            average=Average(**config.ema) if config.ema.decay else None,
+            head_only=config.optimizer.head_only,
+        )
+
+    def is_due(self, every_epochs: float, step: int) -> bool:
+        """Whether something done every so many epochs is done after this step."""
+        every_steps = every_epochs * self.steps_per_epoch
+        return step // every_steps > (step - 1) // every_steps or step == self.total_steps
+
+    def pretrained_variables(self) -> Variables:
+        """The values that the training starts from, by path; none without pretrained weights.
+
+        Raises:
+            ValueError: the weights do not fit.
+            FileNotFoundError: there are none at the path.
+            weights.DownloadError: the published ones could not be fetched.
+        """
+        config = self.config.model
+        if not config.pretrained:
+            return {}
+        path = config.pretrained
+        if path == "published":
+            if not config.name:
+                raise ValueError(
+                    "`config.model.pretrained` must be a path unless config.model.name is set, "
+                    f"got {path!r}."
+                )
+            path = hub.converted_file(config.name)
+        elif path in models.list_models() and not pathlib.Path(path).exists():
+            path = hub.converted_file(path)
+        return fitted_variables(
+            self.engine.model,
+            path,
+            name=config.name or None,
+            keep_head=config.fresh_head,
+            class_map=config.class_map or None,
+            fit_channels=True,
+        )
+
+    @contextlib.contextmanager
+    def training_batches(self, start_step: int) -> Iterator[PlacedBatches]:
+        """Batches on the devices, from a step on; the workers end with the context."""
+        with loader.training_batches(
+            self.train_source,
+            self.train_transform,
+            share=self._share(self.config.batch_size),
+            seed=self.config.seed,
+            start_step=start_step,
+            workers=self.workers,
+            max_bad_fraction=self.config.data.max_bad_fraction,
+        ) as batches:
+            yield PlacedBatches(batches, self.engine.mesh, fields=("image", "label"))
+
+    @contextlib.contextmanager
+    def evaluation_batches(self) -> Iterator[PlacedBatches]:
+        """Every evaluation example once, on the devices; the workers end with the context."""
+        with loader.evaluation_batches(
+            self.eval_source,
+            self.eval_transform,
+            share=self._share(self.eval_batch_size),
+            workers=self.workers,
+            max_bad_fraction=self.config.data.max_bad_fraction,
+        ) as batches:
+            yield PlacedBatches(
+                batches, self.engine.mesh, fields=("image", "label", "mask", "index")
+            )
+
+    def _share(self, batch_size: int) -> loader.Share:
+        return loader.Share(
+            batch_size=batch_size,
+            process_index=jax.process_index(),
+            num_processes=jax.process_count(),
+        )
+
+
+def _host_transforms(
+    config: ml_collections.ConfigDict, channels: int
+) -> tuple[augment.TrainTransform, augment.EvalTransform]:
+    policy = config.augment.randaugment
+    train = augment.TrainTransform(
+        image_size=config.data.image_size,
+        channels=channels,
+        crop=config.augment.crop,
+        crop_scale=tuple(config.augment.crop_scale),
+        crop_ratio=tuple(config.augment.crop_ratio),
+        interpolations=tuple(config.augment.interpolations),
+        flip_probability=config.augment.flip_probability,
+        randaugment=parse_policy(policy) if policy else None,
+        fill=tuple(round(255 * value) for value in config.data.mean),
+        three_augment=config.augment.three_augment,
+        color_jitter=config.augment.color_jitter,
+        max_shift=config.augment.max_shift,
+    )
+    evaluation = augment.EvalTransform(
+        image_size=config.data.image_size,
+        channels=channels,
+        crop_fraction=config.eval_crop_fraction,
+        interpolation=config.eval_interpolation,
+    )
+    return train, evaluation
+
+
+def _check_batch(config: ml_collections.ConfigDict, num_devices: int, *, mixes: bool) -> None:
+    parts = num_devices * config.accumulation_steps
+    if config.batch_size % parts:
+        raise ValueError(
+            f"`config.batch_size` must divide by the {num_devices} devices x "
+            f"{config.accumulation_steps} accumulation steps, got {config.batch_size}. Use "
+            f"{math.ceil(config.batch_size / parts) * parts}."
+        )
+    if mixes:
+        check_groups(config.batch_size, num_devices, config.mixing.group_size)
+
+
+def _workers(data: ml_collections.ConfigDict) -> loader.Workers:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_workers = data.num_workers if data.num_workers >= 0 else cores or 1
+    return loader.Workers(num_workers=num_workers, num_threads=data.num_threads)
+
+
+def _device_transform(config: ml_collections.ConfigDict, num_classes: int) -> DeviceTransform:
+    return DeviceTransform(
+        num_classes=num_classes,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        label_smoothing=config.label_smoothing,
+        mixup_alpha=config.mixing.mixup_alpha,
+        cutmix_alpha=config.mixing.cutmix_alpha,
+        switch_probability=config.mixing.switch_probability,
+        mixing_probability=config.mixing.probability,
+        mixing_group_size=config.mixing.group_size,
+        erasing_probability=config.erasing_probability,
+    )
+
+
+def _model_builder(
+    config: ml_collections.ConfigDict, num_classes: int, channels: int
+) -> Callable[[nnx.Rngs], models.MetaFormer]:
+    arguments = {
+        "num_classes": num_classes,
+        "in_channels": channels,
+        "image_size": config.data.image_size,
+        "drop_path_rate": config.model.drop_path_rate,
+        "head_dropout": config.model.head_dropout,
+        "dtype": jnp.dtype(config.model.dtype),
+        "remat": config.model.remat,
+    }
+    if bool(config.model.name) == bool(config.model.family):
+        raise ValueError(
+            "One of `config.model.name` and `config.model.family` must be set, got "
+            f"{config.model.name!r} and {config.model.family!r}."
+        )
+    if config.model.name:
+        return lambda rngs: models.create_model(config.model.name, **arguments, rngs=rngs)
+    if config.model.family not in models.FAMILIES:
+        raise ValueError(
+            f"`config.model.family` must be one of {', '.join(models.FAMILIES)}, got "
+            f"{config.model.family!r}."
+        )
+    spec = models.FAMILIES[config.model.family].spec(
+        depths=tuple(config.model.depths), dims=tuple(config.model.dims)
+    )
+    return lambda rngs: models.MetaFormer(spec, **arguments, rngs=rngs)
