@@ -126,7 +126,8 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         _exit_with(f"{error.filename or 'a file'}: {error.strerror}", TRAINING_FAILED)
     except PreemptedError as error:
-        print(error)
+        if distributed.is_first_process():
+            print(error)
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         _exit_with("stopped. The same command continues from the last checkpoint.", INTERRUPTED)

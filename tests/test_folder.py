@@ -4,6 +4,7 @@ import pickle
 
 import fake_imagenet
 import pytest
+from PIL import Image
 
 from metaformer_jax.data.folder import ImageFolder
 
@@ -181,3 +182,15 @@ def test_a_wrong_layout_is_one_clear_error(root, arrange, message):
 def test_unknown_splits_are_refused(root):
     with pytest.raises(ValueError, match="`split` must be 'train' or 'val', got 'dev'"):
         ImageFolder(root, "dev")
+
+
+def test_evaluating_takes_no_training_images(tmp_path):
+    for name in ("b", "a"):
+        path = tmp_path / "val" / name / "image.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(path)
+    source = ImageFolder(tmp_path, "val")
+    assert source.class_names == ("a", "b")
+    assert [source[index]["label"] for index in range(2)] == [0, 1]
+    with pytest.raises(ValueError, match=r"got .* without 'train'"):
+        ImageFolder(tmp_path, "train")

@@ -20,7 +20,8 @@ _MAX_NAMED = 5
 class ImageFolder:
     """Every image below the class folders of a split, class by class.
 
-    Classes are the folder names of `root/train`, sorted. Within a class the order is that of
+    Classes are the folder names of `root/train`, sorted, or those of `root/val` where only that is
+    there and asked for. Within a class the order is that of
     torchvision's ImageFolder: folders by path, then files by name. Hidden files and folders are
     left out. It does not depend on the file system, so that every host sees the same order.
 
@@ -39,10 +40,10 @@ class ImageFolder:
     def __init__(self, root: str | os.PathLike[str], split: str):
         if split not in ("train", "val", "test"):
             raise ValueError(f"`split` must be 'train' or 'val', got {split!r}.")
-        folders = _split_folders(pathlib.Path(root).expanduser())
+        folders = _split_folders(pathlib.Path(root).expanduser(), split)
         self._folder = os.fspath(folders["train" if split == "train" else "val"])
-        self.class_names = tuple(_class_folders(folders["train"]))
-        if split != "train":
+        self.class_names = tuple(_class_folders(folders.get("train", folders["val"])))
+        if split != "train" and "train" in folders:
             _check_same_classes(self.class_names, folders)
         files = _scan(self._folder, self.class_names)
         empty = [name for name, found in zip(self.class_names, files, strict=True) if not found]
@@ -78,7 +79,7 @@ class ImageFolder:
         return os.path.join(self._folder, self.class_names[label], name), label
 
 
-def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
+def _split_folders(root: pathlib.Path, split: str) -> dict[str, pathlib.Path]:
     if not root.is_dir():
         raise ValueError(
             f"`root` must be a folder that holds 'train' and 'val', got {str(root)!r}, which is "
@@ -86,6 +87,9 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
         )
     held_out = "val" if (root / "val").is_dir() or not (root / "test").is_dir() else "test"
     folders = {"train": root / "train", "val": root / held_out}
+    # To evaluate takes no training images.
+    if split != "train" and not folders["train"].is_dir() and folders["val"].is_dir():
+        return {"val": folders["val"]}
     if missing := [name for name, folder in folders.items() if not folder.is_dir()]:
         raise ValueError(
             f"`root` must hold the folders 'train' and 'val' (or 'test'), got {str(root)!r} "

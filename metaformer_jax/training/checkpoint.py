@@ -1,6 +1,7 @@
 """Checkpoints of a run: written in the background, complete or not there at all."""
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Iterator
 from importlib import metadata
@@ -37,7 +38,7 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"`checkpoint.keep` must be at least 1, got {keep}.")
         best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics["accuracy"],
+            get_metric_fn=_accuracy,
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -48,7 +49,7 @@ class Checkpoints:
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
-                best_fn=lambda metrics: metrics["accuracy"],
+                best_fn=_accuracy,
                 # What a killed run had half written.
                 cleanup_tmp_directories=True,
             ),
@@ -97,7 +98,7 @@ class Checkpoints:
                     pending=ocp.args.JsonSave({"steps": pending}),
                     about=ocp.args.JsonSave(about),
                 ),
-                metrics=figures,
+                metrics=figures or {},
                 # Whoever asks has decided when.
                 force=True,
             )
@@ -129,15 +130,16 @@ class Checkpoints:
         )
         return restored["pending"]["steps"]
 
-    def metrics(self, step: int) -> dict[str, float]:
-        """The evaluation that was saved with a checkpoint."""
-        return self._manager.metrics(step)
-
 
 def has_checkpoint(directory: pathlib.Path) -> bool:
     """Whether a complete checkpoint is there; looking makes nothing."""
     # Orbax writes this file last.
     return any(directory.glob("*/_CHECKPOINT_METADATA"))
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    # A run that was told to end took no time to evaluate.
+    return metrics.get("accuracy", -math.inf)
 
 
 @contextlib.contextmanager

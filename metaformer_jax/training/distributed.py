@@ -52,6 +52,11 @@ def initialize(
             ) from error
 
 
+def is_first_process() -> bool:
+    """Whether this is the one of all processes that speaks and writes."""
+    return jax.process_index() == 0
+
+
 def _is_one_of_several() -> bool:
     if any(int(os.environ.get(name) or 1) > 1 for name in _SIZES):
         return True

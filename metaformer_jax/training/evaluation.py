@@ -100,7 +100,7 @@ def evaluate(
         ValueError: the config is wrong, the workdir holds no checkpoint, or the weights do not fit.
     """
     console = console or Console()
-    run = Run(config)
+    run = Run(config, trains=False)
     if workdir is None:
         state = _pretrained_state(run)
     elif not has_checkpoint(workdir / "checkpoints"):
@@ -123,7 +123,7 @@ def picture_misclassified(run: Run, evaluation: Evaluation, path: pathlib.Path) 
     """Draws the images that a model got wrong, those first of which it was surest."""
     wrong = np.flatnonzero(evaluation.ranks)
     surest_first = wrong[np.argsort(-evaluation.probabilities[wrong], kind="stable")]
-    names = run.eval_source.class_names
+    names = run.class_names
     draw_misclassified(
         [
             (

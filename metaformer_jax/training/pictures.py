@@ -14,14 +14,16 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Loss, accuracy and learning rate over the steps, from the rows of `metrics.jsonl`."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = (
-        ("loss", {"training": "train/loss", "evaluation": "eval/loss"}, 1),
-        ("accuracy in %", {"training": "train/accuracy", "evaluation": "eval/accuracy"}, 100),
+        ("loss", _curves_of("loss"), 1),
+        ("accuracy in %", _curves_of("accuracy"), 100),
         ("learning rate", {"": "train/learning_rate"}, 1),
     )
     for axes, (title, curves, scale) in zip(figure.subplots(1, 3), panels, strict=True):
         for label, key in curves.items():
             points = [(row["step"], scale * row[key]) for row in rows if key in row]
-            marker = "o" if label == "evaluation" else None
+            if not points:
+                continue
+            marker = None if key.startswith("train/") else "o"
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -29,6 +31,14 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         if len(curves) > 1:
             axes.legend()
     save(figure, path)
+
+
+def _curves_of(name: str) -> dict[str, str]:
+    return {
+        "training": f"train/{name}",
+        "evaluation": f"eval/{name}",
+        "evaluation of the average": f"eval_ema/{name}",
+    }
 
 
 def draw_misclassified(

@@ -29,38 +29,38 @@ class Run:
 
     Args:
         config: all fields of `recipes.base_config()`.
+        trains: False to evaluate only: then no training data need be there.
 
     Raises:
         ValueError: a field is unknown, missing or out of range, or fields contradict each other.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, config: ml_collections.ConfigDict, *, trains: bool = True):
         settings.check_fields(config)
         self.config = config
         data = config.data
-        self.train_source = open_source(data.name, "train", root=data.root)
+        if trains:
+            self.train_source = open_source(data.name, "train", root=data.root)
         self.eval_source = open_source(data.name, "eval", root=data.root)
-        self.num_classes = len(self.train_source.class_names)
-        channels = self.train_source.channels
+        self.class_names = self.eval_source.class_names
+        channels = self.eval_source.channels
         for field in ("mean", "std"):
             if len(data[field]) != channels:
                 raise ValueError(
                     f"`config.data.{field}` must have one value for each of the {channels} "
                     f"channels of {data.name!r}, got {tuple(data[field])}."
                 )
-        if config.batch_size > len(self.train_source):
-            raise ValueError(
-                f"`config.batch_size` must be at most the {len(self.train_source):,} training "
-                f"examples of {data.name!r}, got {config.batch_size}."
-            )
         self.train_transform, self.eval_transform = _host_transforms(config, channels)
         self.workers = _workers(data)
-        self.steps_per_epoch = len(self.train_source) / config.batch_size
+        mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        device_transform = _device_transform(config, len(self.class_names))
+        self.steps_per_epoch = 1.0
+        if trains:
+            num_examples = len(self.train_source)
+            _check_batch(config, num_examples, mesh.size, mixes=device_transform.mixes)
+            self.steps_per_epoch = num_examples / config.batch_size
         epochs = config.epochs + config.cooldown_epochs
         self.total_steps = max(1, round(epochs * self.steps_per_epoch))
-        mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-        device_transform = _device_transform(config, self.num_classes)
-        _check_batch(config, mesh.size, mixes=device_transform.mixes)
         # What is missing to a whole batch is filled up and does not count.
         self.eval_batch_size = math.ceil(config.eval_batch_size / mesh.size) * mesh.size
         self.schedule = optim.by_step(
@@ -77,7 +77,7 @@ class Run:
             per_epoch=config.optimizer.schedule_by == "epoch",
         )
         self.engine = Engine(
-            _model_builder(config, self.num_classes, channels),
+            _model_builder(config, len(self.class_names), channels),
             optim.make_optimizer(
                 config.optimizer.name,
                 self.schedule,
@@ -194,7 +194,14 @@ def _host_transforms(
     return train, evaluation
 
 
-def _check_batch(config: ml_collections.ConfigDict, num_devices: int, *, mixes: bool) -> None:
+def _check_batch(
+    config: ml_collections.ConfigDict, num_examples: int, num_devices: int, *, mixes: bool
+) -> None:
+    if config.batch_size > num_examples:
+        raise ValueError(
+            f"`config.batch_size` must be at most the {num_examples:,} training examples of "
+            f"{config.data.name!r}, got {config.batch_size}."
+        )
     parts = num_devices * config.accumulation_steps
     if config.batch_size % parts:
         raise ValueError(

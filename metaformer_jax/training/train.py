@@ -18,6 +18,7 @@ from rich.console import Console
 from metaformer_jax import models
 from metaformer_jax.training import settings
 from metaformer_jax.training.checkpoint import Checkpoints, has_checkpoint
+from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.evaluation import Evaluation, evaluate_state, picture_misclassified
 from metaformer_jax.training.guard import Guard
 from metaformer_jax.training.metrics import MetricWriter, PendingMetrics, read_metrics
@@ -58,7 +59,7 @@ def train(
     """
     console = console or Console()
     # One process tells what all do.
-    console.quiet = console.quiet or jax.process_index() > 0
+    console.quiet = console.quiet or not is_first_process()
     run = Run(config)
     # What does not fit shows before a workdir is made.
     variables = {} if has_checkpoint(workdir / "checkpoints") else run.pretrained_variables()
@@ -66,7 +67,7 @@ def train(
         workdir,
         config,
         accept_changes=accept_config_changes,
-        is_writer=jax.process_index() == 0,
+        is_writer=is_first_process(),
     )
     multihost_utils.sync_global_devices("workdir claimed")
     engine = run.engine
@@ -83,7 +84,7 @@ def train(
             evaluation = evaluate_state(
                 run, engine.averaged(state) if state.ema else state, console=console
             )
-    if jax.process_index() == 0:
+    if is_first_process():
         draw_curves(read_metrics(workdir), workdir / "curves.png")
         picture_misclassified(run, evaluation, workdir / "misclassified.png")
     console.print(str(evaluation), highlight=False)
@@ -138,7 +139,7 @@ class _Training:
             MetricWriter(
                 self.workdir,
                 start_step=start_step,
-                is_writer=jax.process_index() == 0,
+                is_writer=is_first_process(),
                 wandb_project=config.wandb.project,
                 config=settings.flatten(config),
             ) as writer,
@@ -241,7 +242,7 @@ def _batch_figure(run: Run, batch: dict[str, jax.Array], step: int) -> Figure:
     return batch_figure(
         images * np.array(run.config.data.std) + np.array(run.config.data.mean),
         targets,
-        run.train_source.class_names,
+        run.class_names,
         title=f"training images of step {step + 1}",
     )
 

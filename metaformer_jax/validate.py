@@ -1,0 +1,71 @@
+"""Accuracy of a published model on an image folder, with the options of timm's validate.py.
+
+python -m metaformer_jax.validate /path/to/imagenet --model caformer_s18 -b 128 \
+        --checkpoint caformer_s18.pth
+"""
+
+import argparse
+import pathlib
+import sys
+
+from absl import logging
+from rich.console import Console
+
+USAGE_ERROR = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints top-1, top-5 and loss; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m metaformer_jax.validate", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("data", help="the folder that holds val/<class>/*")
+    parser.add_argument("--model", required=True, help="a published name")
+    parser.add_argument("-b", "--batch-size", type=int, default=256)
+    parser.add_argument(
+        "--checkpoint",
+        default="published",
+        help="a .pth or .safetensors file, a converted folder or a run's workdir; by default the "
+        "published weights are downloaded",
+    )
+    parser.add_argument("--img-size", type=int, help="pixels per side; by default the model's")
+    parser.add_argument("--crop-pct", type=float, default=1.0)
+    parser.add_argument("--interpolation", default="bicubic")
+    parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    parser.add_argument("-j", "--workers", type=int, default=-1, help="-1: one for each core")
+    options = parser.parse_args(arguments)
+
+    from metaformer_jax import models
+    from metaformer_jax.data.loader import DataError
+    from metaformer_jax.training import evaluation, recipes
+    from metaformer_jax.weights import DownloadError
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        info = models.model_info(options.model)
+        config = recipes.base_config()
+        config.model.update(
+            name=info.name,
+            pretrained=options.checkpoint,
+            dtype="bfloat16" if options.amp else "float32",
+        )
+        config.data.update(
+            name="folder",
+            root=str(pathlib.Path(options.data).expanduser()),
+            image_size=options.img_size or info.image_size,
+            num_workers=options.workers,
+        )
+        config.update(
+            eval_batch_size=options.batch_size,
+            eval_crop_fraction=options.crop_pct,
+            eval_interpolation=options.interpolation,
+        )
+        evaluation.evaluate(config, console=Console())
+    except (ValueError, FileNotFoundError, ImportError, DownloadError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
