@@ -245,7 +245,8 @@ def _run(program, tmp_path):
     tests = repr(str(pathlib.Path(__file__).parent))
     script = tmp_path / "program.py"
     script.write_text(textwrap.dedent(start).replace("TESTS", tests) + textwrap.dedent(program))
-    return subprocess.run([sys.executable, script], capture_output=True, text=True)
+    # What outlives the program keeps its output open.
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
 
 
 def test_workers_end_with_a_killed_parent_and_leave_no_memory(tmp_path):
@@ -278,3 +279,71 @@ def test_a_batch_that_is_kept_holds_none_of_the_workers_memory(tmp_path):
     result = _run(program, tmp_path)
     # Memory that is left behind is told at the end.
     assert (result.stdout, result.stderr) == (f"{3 * 16 * 64 * 64 * 3}\n", "")
+
+
+class Unreachable(Numbers):
+    """Example 4 lies where nothing can be read."""
+
+    def __getitem__(self, index):
+        if index == 4:
+            raise OSError("stale file handle")
+        return super().__getitem__(index)
+
+
+def test_an_example_that_cannot_be_reached_is_bad_as_a_broken_one_is():
+    batches = _training(source=Unreachable(10), steps=5, max_bad_fraction=0.1)
+    labels, index = (
+        np.concatenate([batch[key] for batch in batches]) for key in ("label", "index")
+    )
+    np.testing.assert_array_equal(labels, np.where(index == 4, 5, index))
+    with pytest.raises(DataError, match="got 1:\n  number 4: stale file handle"):
+        _training(source=Unreachable(10), steps=5)
+
+
+def test_the_first_example_counts_as_any_other_when_it_is_bad():
+    with pytest.raises(DataError, match="got 1:\n  number 0: "):
+        _training(source=Numbers(10, bad=(0,)), steps=5)
+
+
+def test_a_training_takes_what_stands_in_for_a_bad_example():
+    batches = _training(source=Numbers(10, bad=(3,)), steps=5, max_bad_fraction=0.1)
+    assert all(batch["mask"].all() for batch in batches)
+
+
+def test_an_evaluation_stops_at_bad_examples_too():
+    source = Numbers(10, bad=(3,))
+    with pytest.raises(DataError, match=r"At most 0.0 of 10 .*got 1:\n  number 3: "):
+        _evaluation(source=source, batch_size=4)
+    with (
+        loader.evaluation_batches(source, _pixels, share=Share(batch_size=4)) as batches,
+        pytest.raises(DataError, match="got 1:"),
+    ):
+        list(batches)
+
+
+def test_an_interrupt_is_left_to_the_main_process():
+    workers = Workers(num_workers=2, num_threads=1)
+    with loader.training_batches(
+        Numbers(64), _noisy, share=Share(batch_size=32), seed=0, workers=workers
+    ) as batches:
+        before = next(batches)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+        # More than the workers had ready.
+        after = [next(batches) for _ in range(40)]
+    assert not multiprocessing.active_children()
+    expected = _training(batch_size=32, source=Numbers(64), steps=41, seed=0)
+    _assert_equal([before, *after], expected)
+
+
+@pytest.mark.parametrize("batch_size", [48, 34, 17])
+def test_batches_of_any_size_hold_every_example_once(batch_size):
+    # More than a worker hands over at a time, and sizes that do not divide well.
+    seen = [
+        batch["label"][batch["mask"]]
+        for batch in _evaluation(source=Numbers(100), batch_size=batch_size)
+    ]
+    np.testing.assert_array_equal(np.concatenate(seen), range(100))
+    epoch = _training(source=Numbers(2 * batch_size), batch_size=batch_size, steps=2)
+    labels = np.concatenate([batch["label"] for batch in epoch])
+    assert sorted(labels) == list(range(2 * batch_size))

@@ -1,6 +1,7 @@
 """The published policy: each operation exactly, and the laws of how they are drawn."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -42,24 +43,28 @@ def test_of_no_bits_nothing_but_black_is_left():
     assert black.getextrema() == ((0, 0),) * 3
 
 
-@pytest.fixture(scope="module")
-def draws():
-    """Operations, magnitudes and signs of ten thousand images."""
-    seen = []
+def drawn(policy, count):
+    """The operation, magnitude, sign and filter of all that is applied to each image."""
+    applied = []
 
     def record(image, operation, magnitude, *, sign, resample, fill):
-        seen.append((operation, magnitude, sign, resample))
+        applied[-1].append((operation, magnitude, sign, resample))
         return image
 
     rng = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(randaugment, "apply", record)
-        counts = []
-        for _ in range(10_000):
-            before = len(seen)
-            randaugment.randaugment(image(), rng=rng, policy=POLICY)
-            counts.append(len(seen) - before)
-    return seen, counts
+        for _ in range(count):
+            applied.append([])
+            randaugment.randaugment(image(), rng=rng, policy=policy)
+    return applied
+
+
+@pytest.fixture(scope="module")
+def draws():
+    """All that ten thousand images undergo, and how many operations each."""
+    applied = drawn(POLICY, 10_000)
+    return list(itertools.chain(*applied)), [len(operations) for operations in applied]
 
 
 def test_operations_are_drawn_alike_with_replacement_and_applied_half_of_the_time(draws):
@@ -123,3 +128,67 @@ def test_policies_in_words():
             parse_policy(text)
     with pytest.raises(ValueError, match=r"`magnitude` must be in \[0, 10\], got 11"):
         parse_policy("rand-m11-inc1")
+    assert parse_policy("rand-inc1") == RandAugmentPolicy(
+        magnitude=10, magnitude_std=0, num_operations=2, probability=0.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"magnitude": -1}, r"`magnitude` must be in \[0, 10\], got -1"),
+        ({"magnitude_std": -0.5}, "`magnitude_std` must not be negative, got -0.5"),
+        ({"num_operations": 0}, "`num_operations` must be positive, got 0"),
+        ({"probability": 1.5}, r"`probability` must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_policies_out_of_range_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        RandAugmentPolicy(**setting)
+
+
+@pytest.mark.parametrize(("number", "probability"), [(3, 0.0), (3, 1.0), (1, 1.0), (4, 0.25)])
+def test_a_policy_says_how_many_operations_and_how_often(number, probability):
+    policy = RandAugmentPolicy(num_operations=number, probability=probability)
+    counts = [len(operations) for operations in drawn(policy, 1000)]
+    expected = number * probability
+    # Where there is nothing to draw, nothing is left to chance.
+    assert np.mean(counts) == pytest.approx(expected, abs=0.1 if 0 < probability < 1 else 0)
+    assert max(counts) <= number
+
+
+def test_an_operation_may_come_twice():
+    policy = RandAugmentPolicy(num_operations=2, probability=1.0)
+    twice = [one[0] is other[0] for one, other in drawn(policy, 3000)]
+    assert np.mean(twice) == pytest.approx(1 / 15, abs=0.02)
+
+
+def test_magnitudes_are_cut_at_none():
+    policy = RandAugmentPolicy(magnitude=0.5, magnitude_std=1.0, probability=1.0)
+    magnitudes = [magnitude for _, magnitude, *_ in itertools.chain(*drawn(policy, 1000))]
+    assert min(magnitudes) == 0
+    # Below half a standard deviation.
+    assert np.mean(np.equal(magnitudes, 0)) == pytest.approx(0.309, abs=0.04)
+
+
+@pytest.mark.parametrize(("mode", "color"), [("RGB", (1, 2, 3)), ("L", (1,))])
+def test_what_an_image_leaves_empty_gets_the_given_colour(mode, color):
+    white = Image.new(mode, (24, 24), "white")
+    policy = RandAugmentPolicy(num_operations=1, probability=1.0)
+    rng = np.random.default_rng(0)
+    results = (
+        randaugment.randaugment(white, rng=rng, policy=policy, fill=(1, 2, 3)) for _ in range(600)
+    )
+    filled = [(np.atleast_3d(result) == color).all(-1).any() for result in results]
+    # Five of the fifteen move pixels.
+    assert np.mean(filled) == pytest.approx(1 / 3, abs=0.08)
+
+
+@pytest.mark.parametrize(("name", "axis"), [("TranslateXRel", 1), ("TranslateYRel", 0)])
+def test_translations_are_parts_of_the_side_along_which_they_move(name, axis):
+    picture = Image.new("L", (40, 20), 255)
+    moved = randaugment.apply(
+        picture, OPERATIONS[name], 10.0, resample=Image.Resampling.BILINEAR, fill=0
+    )
+    kept = (np.asarray(moved) == 255).any(1 - axis).mean()
+    assert kept == pytest.approx(1 - 0.45, abs=0.01)

@@ -13,7 +13,8 @@ from scipy import stats
 from sklearn.datasets import load_sample_images
 
 from metaformer_jax.data import transforms
-from metaformer_jax.data.augment import TrainTransform
+from metaformer_jax.data.augment import EvalTransform, TrainTransform
+from metaformer_jax.data.randaugment import RandAugmentPolicy
 from metaformer_jax.data.transforms import BadImageError, decode
 
 FIGURES = np.load(reference.DATA / "eval_transform.npz")
@@ -87,6 +88,12 @@ def _bomb():
     )
 
 
+def _with_an_empty_chunk():
+    whole, end = encoded(kind="PNG"), 12
+    chunk = struct.pack(">I", 0) + b"iCCP" + struct.pack(">I", zlib.crc32(b"iCCP"))
+    return whole[:-end] + chunk + whole[-end:]
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     "data",
@@ -99,6 +106,7 @@ def _bomb():
         pytest.param(encoded()[:20], id="a JPEG's first bytes"),
         pytest.param(encoded(kind="PNG")[:-2000], id="a PNG cut"),
         pytest.param(encoded(kind="PNG")[:33], id="a PNG's header"),
+        pytest.param(_with_an_empty_chunk(), id="a PNG whose profile is empty"),
         pytest.param(encoded(kind="WEBP")[:200], id="a WebP cut"),
         pytest.param(_bomb(), id="a decompression bomb"),
     ],
@@ -175,13 +183,15 @@ def test_what_never_fits_is_the_middle_of_an_allowed_shape(size, expected):
 
 
 @pytest.mark.parametrize("data", [encoded(), encoded(PHOTO.convert("CMYK")), encoded(kind="PNG")])
-def test_a_crop_is_cut_out_and_then_resized_by_one_of_the_filters(data):
-    transform = TrainTransform(image_size=32, flip_probability=0.0)
+@pytest.mark.parametrize("limits", [{}, {"scale": (0.2, 0.3), "ratio": (1.5, 2.0)}])
+def test_a_crop_is_cut_out_and_then_resized_by_one_of_the_filters(data, limits):
+    settings = {f"crop_{name}": value for name, value in limits.items()}
+    transform = TrainTransform(image_size=32, flip_probability=0.0, **settings)
     whole = Image.open(io.BytesIO(data)).convert("RGB")
     used = []
     for seed in range(400):
         actual = transform(data, rng(seed))
-        part = whole.crop(transforms.crop_box(*whole.size, rng=rng(seed)))
+        part = whole.crop(transforms.crop_box(*whole.size, rng=rng(seed), **limits))
         matches = [
             np.array_equal(actual, part.resize((32, 32), filter))
             for filter in (transforms.BILINEAR, transforms.BICUBIC)
@@ -295,3 +305,217 @@ def test_three_augment_takes_each_of_its_three_as_often():
             assert result.std() < pixels.std()
     counts = np.sum(kinds, axis=0)
     np.testing.assert_allclose([*counts, 300 - counts.sum()], 100, atol=40)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow tells of what it skips.
+def test_any_damage_to_a_header_gives_an_image_or_the_one_error():
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DDS", "AVIF"):
+        whole = encoded(PHOTO.resize((24, 24)), kind)
+        for place in range(100):
+            for value in (0, 5, whole[place] ^ 1, whole[place] ^ 128):
+                damaged = whole[:place] + bytes([value]) + whole[place + 1 :]
+                with contextlib.suppress(BadImageError):
+                    assert decode(damaged, channels=3).mode == "RGB"
+
+
+def test_shapes_are_widths_over_heights():
+    _, _, width, height = boxes(1000, 1000, count=200, scale=(0.1, 0.2), ratio=(2.0, 3.0))
+    assert (width > 1.9 * height).all()
+
+
+def test_crops_lie_in_every_place_alike_and_are_never_empty():
+    left, top, width, height = boxes(4, 4, count=2700, scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    assert (width == 2).all()
+    assert (height == 2).all()
+    # Nine places, 300 times each but for chance: five standard deviations.
+    assert np.abs(np.bincount(3 * top + left, minlength=9) - 300.0).max() < 85
+    # Most areas drawn round to no pixel.
+    _, _, width, height = boxes(1, 1, scale=(0.01, 0.3))
+    assert (width * height == 1).all()
+
+
+def test_a_simple_crop_reaches_every_place_alike():
+    pixels = np.zeros((20, 20), np.uint8)
+    pixels[10, 10] = 255
+    image, generator = Image.fromarray(pixels), rng()
+    crops = (transforms.simple_random_crop(image, 20, rng=generator) for _ in range(8100))
+    counts = sum(np.asarray(crop, int) // 255 for crop in crops)
+    # Up to four pixels to each side, 100 times each place but for chance: five deviations.
+    assert counts[6:15, 6:15].sum() == 8100
+    assert np.abs(counts[6:15, 6:15] - 100).max() < 50
+
+
+@pytest.mark.parametrize(
+    ("width", "fraction", "expected"), [(224, 0.9, 248), (224, 0.95, 235), (50, 0.875, 57)]
+)
+def test_the_size_before_the_middle_is_taken_has_its_fraction_cut_off(width, fraction, expected):
+    whole = transforms.resize_short_side(PHOTO, expected, transforms.BICUBIC)
+    left, top = (round((side - width) / 2) for side in whole.size)
+    actual = transforms.evaluation_transform(PHOTO, width, crop_fraction=fraction)
+    np.testing.assert_array_equal(actual, whole.crop((left, top, left + width, top + width)))
+
+
+@pytest.mark.parametrize(("width", "left"), [(224, 0), (225, 0), (226, 1), (227, 2), (229, 2)])
+def test_the_middle_begins_at_the_even_one_of_two_halves(width, left):
+    ramp = Image.fromarray(np.tile(np.arange(width, dtype=np.uint8), (224, 1)))
+    assert np.asarray(transforms.evaluation_transform(ramp, 224))[0, 0] == left
+
+
+class Greatest(np.random.Generator):
+    """Draws the greatest factors: what is left to chance is the order."""
+
+    def uniform(self, low, high):
+        return high
+
+
+def test_jitter_takes_its_changes_in_any_order():
+    results = []
+    for seed in range(100):
+        generator = Greatest(np.random.PCG64(seed))
+        jittered = transforms.color_jitter(
+            PHOTO, rng=generator, brightness=0.4, contrast=0.4, saturation=0.0
+        )
+        results.append(jittered.tobytes())
+    assert len(set(results)) == 2
+    assert results.count(results[0]) == pytest.approx(50, abs=25)
+
+
+def test_jitter_is_by_default_of_all_but_the_hue():
+    alike = dict.fromkeys(("brightness", "contrast", "saturation"), 0.4)
+    expected = transforms.color_jitter(PHOTO, rng=rng(), hue=0.0, **alike)
+    assert transforms.color_jitter(PHOTO, rng=rng()) == expected
+
+
+def test_jitter_turns_the_hue_by_up_to_its_width():
+    red = Image.new("RGB", (1, 1), (255, 0, 0))
+    nothing = dict.fromkeys(("brightness", "contrast", "saturation"), 0.0)
+
+    def turned(hue):
+        drawn = (
+            transforms.color_jitter(red, rng=rng(seed), hue=hue, **nothing) for seed in range(300)
+        )
+        return np.array([image.convert("HSV").getpixel((0, 0))[0] for image in drawn], np.uint8)
+
+    assert stats.kstest(turned(0.5), stats.uniform(0, 255).cdf).pvalue > 1e-3
+    few = turned(0.1).astype(np.int8)
+    assert -27 <= few.min() < -20
+    assert 20 < few.max() <= 27
+
+
+def test_contrast_spreads_grey_values_and_never_inverts_them():
+    grey = PHOTO.convert("L").convert("RGB")
+    pixels = np.asarray(grey, float)
+    for width, least, greatest in ((0.4, 0.6, 1.4), (3.0, 0.0, 4.0)):
+        spreads = []
+        for seed in range(100):
+            spread = np.asarray(
+                transforms.color_jitter(
+                    grey, rng=rng(seed), brightness=0.0, contrast=width, saturation=0.0
+                ),
+                float,
+            )
+            spreads.append(spread.std() / pixels.std())
+            assert ((spread - spread.mean()) * (pixels - pixels.mean())).mean() >= 0
+        assert least - 0.01 < min(spreads) < least + 0.1
+        assert max(spreads) < greatest
+    assert max(spreads) > 1.5
+
+
+def plain(**changes):
+    """The whole image resized, and what is asked for."""
+    settings = {"crop": "none", "interpolations": ("bicubic",), "flip_probability": 0.0}
+    return TrainTransform(image_size=16, **{**settings, **changes})
+
+
+def several(transform, image, count=200):
+    data = encoded(image, "PNG")
+    return np.stack([transform(data, rng(seed)) for seed in range(count)]).astype(float)
+
+
+WHITE = Image.new("RGB", (16, 16), "white")
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.2, 1.0, None])
+def test_a_recipe_mirrors_with_its_probability_or_half_of_the_time(probability):
+    ramp = Image.fromarray(np.tile(np.arange(16, dtype=np.uint8), (16, 1))).convert("RGB")
+    settings = {} if probability is None else {"flip_probability": probability}
+    transform = TrainTransform(image_size=16, crop="none", **settings)
+    mirrored = several(transform, ramp)[:, 0, 0, 0] == 15
+    expected = settings.get("flip_probability", 0.5)
+    assert mirrored.mean() == pytest.approx(expected, abs=0.1 if 0 < expected < 1 else 0)
+
+
+def test_a_recipe_takes_the_simple_crop_where_it_is_asked_for():
+    for seed in range(5):
+        expected = transforms.simple_random_crop(PHOTO, 16, rng=rng(seed))
+        actual = plain(crop="simple")(encoded(kind="PNG"), rng(seed))
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_recipe_augments_by_its_policy_and_fills_with_its_colour():
+    policy = RandAugmentPolicy(num_operations=1, probability=1.0)
+    results = several(plain(randaugment=policy, fill=(1, 2, 3)), WHITE)
+    filled = (results == (1, 2, 3)).all(-1).any((1, 2)).mean()
+    assert filled == pytest.approx(1 / 3, abs=0.12)
+
+
+def test_a_recipe_jitters_brightness_and_contrast_by_its_width():
+    # Two halves: their mean tells of the brightness, their difference over it of the contrast.
+    pixels = np.full((16, 16, 3), 60, np.uint8)
+    pixels[8:] = 180
+    results = several(plain(color_jitter=0.1), Image.fromarray(pixels))
+    dark, bright = results[:, :8].mean((1, 2, 3)), results[:, 8:].mean((1, 2, 3))
+    for factors in ((bright + dark) / 240, (bright - dark) / (bright + dark)):
+        assert factors.min() < 0.95 * np.median(factors)
+        assert factors.max() > 1.05 * np.median(factors)
+        assert np.abs(factors / np.median(factors) - 1).max() < 0.15
+
+
+def test_a_recipe_jitters_saturation():
+    (grey,) = several(plain(), PHOTO.convert("L").convert("RGB"), 1)
+    assert (np.ptp(grey, -1) == 0).all()
+    # Neither brightness nor contrast gives or takes colour where the mean is black.
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[0, 0] = 100, 80, 60
+    corner = several(plain(color_jitter=0.4), Image.fromarray(pixels))[:, 0, 0]
+    relative = np.ptp(corner, -1) / corner.mean(-1)
+    assert relative.min() < 0.4 < 0.6 < relative.max()
+
+
+def test_a_recipe_shifts_by_up_to_its_pixels():
+    results = several(plain(max_shift=3), WHITE)
+    black = (results == 0).all(-1)
+    assert set(black.all(2).sum(1)) == set(black.all(1).sum(1)) == {0, 1, 2, 3}
+
+
+def test_a_recipe_takes_one_of_the_three():
+    results = several(plain(three_augment=True), PHOTO.resize((16, 16)))
+    grey = (np.ptp(results, -1) == 0).all((1, 2))
+    assert grey.mean() == pytest.approx(1 / 3, abs=0.12)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_an_evaluation_takes_its_fraction_filter_and_channels(name, channels):
+    settings = {"crop_fraction": 0.8, "interpolation": name}
+    actual = EvalTransform(image_size=32, channels=channels, **settings)(encoded(kind="PNG"))
+    whole = transforms.resize_short_side(
+        PHOTO.convert({1: "L", 3: "RGB"}[channels]), 40, Image.Resampling[name.upper()]
+    )
+    expected = transforms.to_array(transforms.evaluation_transform(whole, 32, crop_fraction=0.8))
+    assert actual.shape == (32, 32, channels)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"crop_scale": (1.0, 0.5)}, "`crop_scale` must be positive and in order"),
+        ({"crop_ratio": (0.0, 0.5)}, "`crop_ratio` must be positive and in order"),
+        ({"interpolations": ()}, "`interpolations` must name at least one"),
+        ({"flip_probability": 1.5}, r"`flip_probability` must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        plain(**setting)

@@ -104,10 +104,14 @@ def check_groups(batch_size: int, num_devices: int, group_size: int) -> None:
         ValueError: naming sizes that would do.
     """
     share, rest = divmod(batch_size, num_devices)
-    if rest or share % group_size:
-        largest = math.gcd(share, group_size)
+    if rest:
+        raise ValueError(
+            f"`batch_size` must divide by the {num_devices} devices, got {batch_size}. Use "
+            f"{(share + 1) * num_devices}."
+        )
+    if share % group_size:
         raise ValueError(
             f"`mixing.group_size` must divide each device's part of the batch, {share} of "
-            f"{batch_size} images, got {group_size}. Use {largest}"
-            + (f", or a batch of {group_size * num_devices}." if not rest else ".")
+            f"{batch_size} images, got {group_size}. Use {math.gcd(share, group_size)}, or a batch "
+            f"of {group_size * num_devices}."
         )

@@ -72,6 +72,7 @@ def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Ima
         IndexError,
         KeyError,
         EOFError,
+        RuntimeError,
         struct.error,
         Image.DecompressionBombError,
     ) as error:
