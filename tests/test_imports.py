@@ -8,7 +8,7 @@ import sys
 import metaformer_jax
 
 PACKAGE = pathlib.Path(metaformer_jax.__file__).parent
-PROGRAMS = {"main", "zoo"}
+PROGRAMS = {"main", "validate", "zoo"}
 MAY_IMPORT = {
     "models": {"models"},
     "weights": {"weights", "models"},

@@ -50,7 +50,7 @@ def _train(workdir, config=None, **kwargs):
 
 def _restore(workdir, config):
     with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
-        return jax.device_get(checkpoints.restore(Run(config).engine.abstract_state))
+        return jax.device_get(checkpoints.restore(Run(config).engine.abstract_state, config))
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +293,54 @@ def test_another_config_is_accepted_on_request(finished, tmp_path):
 def _overflowing(**changes):
     # Nothing but the rate makes such a loss, of which each update leaves the parameters at once.
     return _config(**{"optimizer.learning_rate": 1e30, "optimizer.warmup_epochs": 0.0, **changes})
+
+
+def test_what_a_checkpoint_cannot_be_continued_with_is_named(finished, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(finished[0], copied)
+    config = _config(epochs=2.2, **{"ema.decay": 0.9})
+    with pytest.raises(
+        ValueError, match=r"saved by a run with other values.*\n  ema.decay: 0.0 ->"
+    ):
+        _train(copied, config, accept_config_changes=True)
+
+
+# Reads that Orbax has started complain when the first has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_named_with_the_remedy(finished, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(finished[0], copied)
+    shutil.rmtree(copied / "checkpoints" / "23" / "state" / "d")
+    with pytest.raises(
+        ValueError, match=r"checkpoints/23 must be a whole checkpoint, got: .*Remov"
+    ):
+        _train(copied)
+    shutil.rmtree(copied / "checkpoints" / "23")
+    _, output = _train(copied)
+    assert "continuing after step 12" in output
+    _assert_same_run(copied, finished[0], _config())
+
+
+def test_a_trace_is_taken_of_the_steps_asked_for(finished, tmp_path):
+    _, output = _train(tmp_path, _config(profile_steps=(3, 4), epochs=0.6))
+    assert f"profiler trace: {tmp_path / 'profile'}" in output.replace("\n", "")
+    assert list(tmp_path.rglob("profile/**/*.xplane.pb"))
+
+
+def test_an_average_is_evaluated_beside_the_last_parameters(tmp_path):
+    config = _config(epochs=1.0, **{"ema.decay": 0.5})
+    trained, _ = _train(tmp_path, config)
+    (row,) = [row for row in read_metrics(tmp_path) if "eval/accuracy" in row]
+    assert row["eval_ema/accuracy"] == trained.accuracy
+    assert row["eval_ema/loss"] != row["eval/loss"]
+    # Evaluating does not ask how the checkpoint was trained.
+    output = io.StringIO()
+    again = evaluation.evaluate(_config(), tmp_path, console=Console(file=output, width=120))
+    assert again.loss == pytest.approx(trained.loss, rel=1e-6)
+    last, average = output.getvalue().splitlines()
+    assert last.startswith("last parameters  accuracy")
+    assert average.startswith("their average    accuracy")
+    assert f"{row['eval/accuracy']:.2%}" in last
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_examples(tmp_path):

@@ -89,7 +89,7 @@ class Checkpoints:
         Raises:
             SaveError: this one cannot be written, or the one before could not.
         """
-        about = {"versions": _versions(), "config": settings.flatten(config)}
+        about = {"versions": _versions(), "config": settings.as_json(config)}
         with _explained():
             self._manager.save(
                 int(state.step),
@@ -112,13 +112,44 @@ class Checkpoints:
         with _explained():
             self._manager.wait_until_finished()
 
-    def restore(self, abstract_state: TrainState) -> TrainState:
-        """The newest checkpoint, laid out as `abstract_state` wants it."""
-        restored = self._manager.restore(
-            self.latest_step(),
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(vars(abstract_state))),
-        )
+    def restore(self, abstract_state: TrainState, config: ml_collections.ConfigDict) -> TrainState:
+        """The newest checkpoint, laid out as `abstract_state` wants it.
+
+        Raises:
+            ValueError: it holds something else, or is damaged.
+        """
+        step = self.latest_step()
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(vars(abstract_state))),
+            )
+        # Orbax tells whole trees, and damage shows in any layer below it.
+        except Exception as error:
+            raise ValueError(self._why_not(step, config, error)) from error
         return TrainState(**restored["state"])
+
+    def _why_not(
+        self, step: int | None, config: ml_collections.ConfigDict, error: Exception
+    ) -> str:
+        folder = self._manager.directory / str(step)
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        try:
+            about = self._manager.restore(
+                step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
+            )["about"]
+            changes = settings.differences(about["config"], settings.as_json(config))
+        except Exception:
+            changes = []
+        if changes:
+            return (
+                f"{folder} was saved by a run with other values, which it cannot be continued "
+                f"without ({reason[:200]}):\n" + "\n".join(changes)
+            )
+        return (
+            f"{folder} must be a whole checkpoint, got: {reason[:200]}. Remove this folder to "
+            "continue from the checkpoint before it."
+        )
 
     def pending_metrics(self) -> list[dict[str, float]]:
         """What was `pending` when the newest checkpoint was saved; [] without one."""

@@ -9,11 +9,14 @@ import ml_collections
 import numpy as np
 from rich.console import Console
 
-from metaformer_jax.training.checkpoint import Checkpoints, has_checkpoint
+from metaformer_jax.training.checkpoint import has_checkpoint
 from metaformer_jax.training.pictures import draw_misclassified
 from metaformer_jax.training.progress import evaluation_progress
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
+from metaformer_jax.weights.convert import Variables
+from metaformer_jax.weights.pretrained import fitted_variables
+from metaformer_jax.weights.workdir import entries
 
 # Most of what a picture of misclassified images can show at a readable size.
 _MAX_PICTURED = 48
@@ -98,24 +101,24 @@ def evaluate(
 
     Raises:
         ValueError: the config is wrong, the workdir holds no checkpoint, or the weights do not fit.
+        FileNotFoundError: there are no pretrained weights at the path.
     """
     console = console or Console()
     run = Run(config, trains=False)
     if workdir is None:
-        state = _pretrained_state(run)
-    elif not has_checkpoint(workdir / "checkpoints"):
+        evaluation = evaluate_state(run, _pretrained_state(run), console=console)
+        console.print(str(evaluation), highlight=False)
+        return evaluation
+    if not has_checkpoint(workdir / "checkpoints"):
         raise ValueError(
             f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with "
             "--mode=train; or leave it out to evaluate config.model.pretrained."
         )
-    else:
-        with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-            state = checkpoints.restore(run.engine.abstract_state)
-    evaluation = evaluate_state(run, state, console=console)
-    if state.ema:
-        console.print(f"last     {evaluation}", highlight=False)
-        evaluation = evaluate_state(run, run.engine.averaged(state), console=console)
-    console.print(f"average  {evaluation}" if state.ema else str(evaluation), highlight=False)
+    names = {"params": "last parameters", "ema": "their average"}
+    for entry in entries(workdir):
+        variables = fitted_variables(run.engine.model, workdir, entry=entry)
+        evaluation = evaluate_state(run, _state_of(run, variables), console=console)
+        console.print(f"{names[entry]:<16} {evaluation}", highlight=False)
     return evaluation
 
 
@@ -147,9 +150,13 @@ def _pretrained_state(run: Run) -> TrainState:
             f"have something to evaluate, got {config.pretrained!r} and fresh_head="
             f"{config.fresh_head}."
         )
+    return _state_of(run, run.pretrained_variables())
+
+
+def _state_of(run: Run, variables: Variables) -> TrainState:
     # Every value is replaced: none is drawn. An evaluation asks for no optimiser.
+    zero = jnp.zeros((), jnp.int32)
     undrawn = dataclasses.replace(
-        run.engine.abstract_state, step=jnp.zeros((), jnp.int32), opt_state=(), ema={}
+        run.engine.abstract_state, step=zero, opt_state=(), ema={}, num_skipped=zero
     )
-    undrawn = dataclasses.replace(undrawn, num_skipped=undrawn.step)
-    return run.engine.with_weights(undrawn, run.pretrained_variables())
+    return run.engine.with_weights(undrawn, variables)

@@ -158,8 +158,7 @@ def claim_workdir(
         ValueError: another config made it, and `accept_changes` is not set; or it cannot be
             written to.
     """
-    # Through JSON, so that tuples compare with what is read back.
-    mine = json.loads(json.dumps(flatten(config)))
+    mine = as_json(config)
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -177,14 +176,23 @@ def claim_workdir(
         ) from error
 
 
-def _check_same(theirs: dict[str, Any], mine: dict[str, Any], workdir: pathlib.Path) -> None:
+def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    """A line for each field, of two flat configs out of JSON, that is not the same."""
     absent = "(absent)"
-    changes = [
+    return [
         f"  {field}: {theirs.get(field, absent)} -> {mine.get(field, absent)}"
         for field in sorted({*theirs, *mine})
         if theirs.get(field, absent) != mine.get(field, absent)
     ]
-    if changes:
+
+
+def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The flat config as JSON gives it back: lists for tuples."""
+    return json.loads(json.dumps(flatten(config)))
+
+
+def _check_same(theirs: dict[str, Any], mine: dict[str, Any], workdir: pathlib.Path) -> None:
+    if changes := differences(theirs, mine):
         raise ValueError(
             f"`workdir` must be new or made by the same config, but {str(workdir)!r} was made with "
             "other values:\n" + "\n".join(changes) + "\nUse another --workdir, or continue "

@@ -51,7 +51,7 @@ def train(
 
     Raises:
         ValueError: the config is wrong, the workdir belongs to another one, or the pretrained
-            weights do not fit.
+            weights or the checkpoint do not fit.
         FileNotFoundError: there are no pretrained weights at the path.
         NonFiniteError: the loss became infinite or not a number.
         PreemptedError: the run was told to end; it has saved a checkpoint.
@@ -75,7 +75,7 @@ def train(
         start_step = checkpoints.latest_step() or 0
         _describe(run, workdir, start_step, console)
         if start_step:
-            state = checkpoints.restore(engine.abstract_state)
+            state = checkpoints.restore(engine.abstract_state, config)
         else:
             state = engine.with_weights(engine.initial_state(), variables)
         if start_step < run.total_steps:

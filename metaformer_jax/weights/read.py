@@ -38,7 +38,7 @@ def read_checkpoint(
         path: the folder or file.
         name: the published model that it should be; where keys and shapes cannot tell, what the
             file or its record calls itself must not contradict it.
-        entry: which entry of a training checkpoint to take.
+        entry: which entry of a training checkpoint to take, "params" or "ema" of a workdir.
         with_hash: also compute the SHA-256 of a file.
 
     Raises:
@@ -49,12 +49,14 @@ def read_checkpoint(
     record = None
     source: dict[str, Any] = {}
     if path.is_dir():
-        if entry is not None:
-            raise CheckpointError(f"`entry` must be left out for a folder, got {entry!r}.")
         if workdir.is_workdir(path):
-            tensors, entry = workdir.read_workdir(path)
+            tensors, entry = workdir.read_workdir(path, entry=entry)
             called = workdir.model_name(path) or ""
             source = {"source_entry": entry}
+        elif entry is not None:
+            raise CheckpointError(
+                f"`entry` must be left out for a converted folder, got {entry!r}."
+            )
         else:
             tensors, record = converted.read_folder(path)
             called = record.model

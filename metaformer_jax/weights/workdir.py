@@ -1,7 +1,9 @@
 """The weights of a training run, read out of its workdir."""
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,40 +30,71 @@ def model_name(path: pathlib.Path) -> str | None:
         return None
 
 
-def read_workdir(path: pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
-    """The tensors of the newest checkpoint in the flax layout, averaged if the run averages them.
-
-    The second result says which checkpoint it is.
+def entries(path: pathlib.Path) -> list[str]:
+    """What the newest checkpoint holds weights under: "params", and "ema" for their average.
 
     Raises:
         CheckpointError: there is no complete one, or it is damaged.
     """
+    state = _newest_state(path)
+    with _explained(state):
+        metadata = orbax_handler().metadata(state).tree
+        return [entry for entry in ("params", "ema") if metadata.get(entry)]
+
+
+def read_workdir(
+    path: pathlib.Path, *, entry: str | None = None
+) -> tuple[dict[str, np.ndarray], str]:
+    """The tensors of the newest checkpoint in the flax layout, and which they are.
+
+    Args:
+        path: the run's folder.
+        entry: "params" for the last parameters, "ema" for their moving average; by default the
+            average of a run that keeps one.
+
+    Raises:
+        CheckpointError: there is no complete one, it is damaged, or has no such entry.
+    """
     import orbax.checkpoint as ocp
 
+    there_are = entries(path)
+    entry = entry or there_are[-1]
+    if entry not in there_are:
+        raise CheckpointError(
+            f"`entry` must be {' or '.join(map(repr, there_are))} for {path}, got {entry!r}."
+        )
+    state = _newest_state(path)
+    handler = orbax_handler()
+    with _explained(state):
+        metadata: dict[str, Any] = handler.metadata(state).tree
+        # The optimiser's moments, twice as large, stay on the disk.
+        wanted = {name: metadata[name] for name in (entry, "frozen") if metadata.get(name)}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        restored = handler.restore(
+            state,
+            args=ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True),
+        )
+    tensors = {key: array for tree in restored.values() for key, array in flat_tensors(tree)}
+    return tensors, f"{entry} of step {state.parent.name}"
+
+
+def _newest_state(path: pathlib.Path) -> pathlib.Path:
     folder = path / _CHECKPOINTS
     steps = [int(entry.parent.name) for entry in folder.glob(f"*/{_COMMITTED}")]
     if not steps:
         raise CheckpointError(
             f"`path` must be a run with a checkpoint, got {path}, which has none yet."
         )
-    state = (folder / str(max(steps)) / "state").absolute()
-    handler = orbax_handler()
+    return (folder / str(max(steps)) / "state").absolute()
+
+
+@contextlib.contextmanager
+def _explained(state: pathlib.Path) -> Iterator[None]:
     try:
-        metadata: dict[str, Any] = handler.metadata(state).tree
-        # The optimiser's moments, twice as large, stay on the disk.
-        # A run that keeps a moving average keeps it for this.
-        entries = ("ema" if metadata.get("ema") else "params", "frozen")
-        wanted = {entry: metadata[entry] for entry in entries if metadata.get(entry)}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        restored = handler.restore(
-            state,
-            args=ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True),
-        )
+        yield
     # Damage shows in any layer below: Orbax, TensorStore, JSON.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(
             f"{state} must be a whole checkpoint of a training run, got: {reason}"
         ) from error
-    tensors = {key: array for tree in restored.values() for key, array in flat_tensors(tree)}
-    return tensors, f"step {max(steps)}"
