@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from metaformer_jax.main import PREEMPTED
+from metaformer_jax.main import PREEMPTED, TRAINING_FAILED
 from metaformer_jax.training.metrics import read_metrics
 from metaformer_jax.weights.converted import orbax_handler
 
@@ -50,6 +50,7 @@ def _start(workdir, *flags, num_devices=8):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -118,15 +119,44 @@ def test_a_killed_run_ends_bit_for_bit_as_the_undisturbed(undisturbed, tmp_path)
 
 
 def test_a_run_told_to_end_says_so_by_its_exit_code_and_goes_on(undisturbed, tmp_path):
-    process = _start(tmp_path)
+    process = _start(tmp_path, "--config.data.num_workers=1")
     _wait_for_step(tmp_path, 14, [process])
-    process.terminate()
+    # As clusters do it: all processes are told, those that read the data as well.
+    os.killpg(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (PREEMPTED, "")
     saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert f"step {saved} of 45 is saved" in output
-    assert f"continuing after step {saved}" in _finish(_start(tmp_path))
+    continued = _start(tmp_path, "--accept_config_changes")
+    assert f"continuing after step {saved}" in _finish(continued)
     _assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for about two checkpoints."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", tmp_path]
+    try:
+        result = subprocess.run(mount, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no program `mount` to make a small file system with")
+    if result.returncode:
+        pytest.skip("a small file system takes the right to mount one, as root has")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_on_a_full_disk_a_run_stops_and_with_room_ends_as_the_undisturbed(undisturbed, small_disk):
+    process = _start(small_disk / "run", "--config.checkpoint.keep=10")
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == TRAINING_FAILED, errors
+    # Orbax's threads have their say besides.
+    (message,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    assert "A checkpoint could not be written" in message or "No space left" in message
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    output = _finish(_start(small_disk / "run", "--config.checkpoint.keep=10"))
+    assert re.search("continuing after step (12|23|34)", output)
+    _assert_same_run(small_disk / "run", undisturbed)
 
 
 def test_two_processes_train_as_one_and_stop_as_one_and_one_goes_on(undisturbed, tmp_path):

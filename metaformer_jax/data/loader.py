@@ -24,6 +24,8 @@ from metaformer_jax.data.transforms import decode
 _MAX_CHUNK = 16
 # Below it a copy is cheaper than a segment of shared memory.
 _MIN_SHARED_BYTES = 2**14
+# How long workers go on that are told to end.
+_GRACE_SECONDS = 60.0
 # Bad examples in a row before the data set is given up.
 _MAX_NEIGHBOURS = 100
 
@@ -325,8 +327,10 @@ def _why_bad(source: Source, index: int) -> str:
 
 def _start_worker(worker_index: int, num_workers: int) -> None:
     del worker_index, num_workers
-    # The main process decides what an interrupt means.
+    # The main process decides what an interrupt means, and has time to save when the whole group
+    # of processes is told to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _leave_after(_GRACE_SECONDS))
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -336,3 +340,9 @@ def _start_worker(worker_index: int, num_workers: int) -> None:
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _leave_after(seconds: float) -> None:
+    timer = threading.Timer(seconds, os._exit, args=(1,))
+    timer.daemon = True
+    timer.start()
