@@ -185,7 +185,7 @@ def test_a_bad_example_is_replaced_by_the_next_good_one_and_counted():
 
 
 def test_more_bad_examples_than_allowed_stop_the_run_and_are_named():
-    with pytest.raises(DataError, match=r"At most 2.0 of 10 .*got 3:") as error:
+    with pytest.raises(DataError, match=r"At most 2 of 10 .*got 3:") as error:
         _training(source=Numbers(10, bad=(2, 4, 7)), steps=5, max_bad_fraction=0.2)
     for index in (2, 4, 7):
         assert f"number {index}: " in str(error.value)
@@ -221,7 +221,7 @@ def test_a_killed_worker_ends_the_run_with_an_error():
 
 def large(data, rng):
     """Of a size that workers hand over in shared memory."""
-    del data
+    decode(data, channels=1)
     return rng.integers(0, 256, (64, 64, 3), np.uint8)
 
 
@@ -233,9 +233,9 @@ def _run(program, tmp_path):
         from test_loader import Numbers, large
         from metaformer_jax.data import loader
 
-        def batches():
+        def batches(bad=()):
             return loader.training_batches(
-                Numbers(64),
+                Numbers(64, bad),
                 large,
                 share=loader.Share(batch_size=16),
                 seed=0,
@@ -281,6 +281,23 @@ def test_a_batch_that_is_kept_holds_none_of_the_workers_memory(tmp_path):
     assert (result.stdout, result.stderr) == (f"{3 * 16 * 64 * 64 * 3}\n", "")
 
 
+def test_a_program_that_ends_with_an_error_leaves_nothing_but_the_error(tmp_path):
+    program = """
+        if __name__ == "__main__":
+            try:
+                with batches(bad=(5,)) as running:
+                    for _ in range(4):
+                        next(running)
+            except loader.DataError as error:
+                sys.exit(str(error))
+    """
+    result = _run(program, tmp_path)
+    assert result.returncode == 1
+    first, *named = result.stderr.splitlines()
+    assert first == "At most 0 of 64 examples may be bad (`data.max_bad_fraction`), got 1:"
+    assert len(named) == 1
+
+
 class Unreachable(Numbers):
     """Example 4 lies where nothing can be read."""
 
@@ -312,7 +329,7 @@ def test_a_training_takes_what_stands_in_for_a_bad_example():
 
 def test_an_evaluation_stops_at_bad_examples_too():
     source = Numbers(10, bad=(3,))
-    with pytest.raises(DataError, match=r"At most 0.0 of 10 .*got 1:\n  number 3: "):
+    with pytest.raises(DataError, match=r"At most 0 of 10 .*got 1:\n  number 3: "):
         _evaluation(source=source, batch_size=4)
     with (
         loader.evaluation_batches(source, _pixels, share=Share(batch_size=4)) as batches,

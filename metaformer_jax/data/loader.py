@@ -171,7 +171,8 @@ class Batches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         try:
-            chunks: list[Any] = [next(self._iterator) for _ in range(self._chunks_per_batch)]
+            # A copy in any case: what the workers share goes with them.
+            batch = _joined([next(self._iterator) for _ in range(self._chunks_per_batch)])
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
@@ -179,8 +180,6 @@ class Batches(Iterator[Batch]):
                 f"A worker that reads data has died: {error} Was it killed for want of memory? "
                 "Lower `data.num_workers`; the last checkpoint is good."
             ) from error
-        # A copy in any case: what the workers share goes with them.
-        batch: Any = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
         self._note_bad(batch["bad"])
         return batch
 
@@ -191,9 +190,13 @@ class Batches(Iterator[Batch]):
         if len(self.bad) > self._max_bad:
             shown = [f"  {reason}" for reason in list(self.bad.values())[:20]]
             raise DataError(
-                f"At most {self._max_bad:.1f} of {len(self._source)} examples may be bad "
+                f"At most {int(self._max_bad)} of {len(self._source)} examples may be bad "
                 f"(`data.max_bad_fraction`), got {len(self.bad)}:\n" + "\n".join(shown)
             )
+
+
+def _joined(chunks: list[Any]) -> Any:
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
 def training_batches(

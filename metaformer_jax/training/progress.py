@@ -114,9 +114,9 @@ class TrainingProgress:
         parts = [f"loss {figures['loss']:.3f}  accuracy {figures['accuracy']:.1%}{held_out}"]
         speed = figures.get("images_per_second")
         if speed:
-            parts.append(f"{speed:,.0f} images/s")
+            parts.append(f"{_rounded(speed)} images/s")
             if jax.device_count() > 1:
-                parts.append(f"{figures['images_per_second_per_device']:,.0f} per device")
+                parts.append(f"{_rounded(figures['images_per_second_per_device'])} per device")
             if "mfu" in figures:
                 parts.append(f"MFU {figures['mfu']:.0%}")
             parts.append(f"waiting for data {figures['data_wait']:.0%}")
@@ -155,6 +155,10 @@ def evaluation_progress(console: Console | None, num_batches: int) -> Iterator[C
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=num_batches)
         yield lambda: bar.advance(task)
+
+
+def _rounded(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
 def _duration(seconds: float) -> str:

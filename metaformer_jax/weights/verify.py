@@ -61,9 +61,10 @@ def _import_timm() -> tuple[Any, Any]:
     try:
         import timm
         from timm.models.metaformer import checkpoint_filter_fn
-    except ImportError as error:
+    # A torchvision that was not made for this torch raises RuntimeError.
+    except (ImportError, RuntimeError) as error:
         raise ImportError(
-            f"Verifying needs timm, which cannot be imported ({error}): pip install timm, or "
-            "convert without --verify."
+            f"Verifying needs timm, which cannot be imported ({error}): pip install timm and a "
+            "torchvision that belongs to the installed torch, or convert without --verify."
         ) from error
     return timm, checkpoint_filter_fn
