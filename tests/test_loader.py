@@ -289,10 +289,11 @@ def test_a_program_that_ends_with_an_error_leaves_nothing_but_the_error(tmp_path
                     for _ in range(4):
                         next(running)
             except loader.DataError as error:
-                sys.exit(str(error))
+                print(error, file=sys.stderr)
+                # And with it all that stood in its frames.
+                kept = error
     """
     result = _run(program, tmp_path)
-    assert result.returncode == 1
     first, *named = result.stderr.splitlines()
     assert first == "At most 0 of 64 examples may be bad (`data.max_bad_fraction`), got 1:"
     assert len(named) == 1
