@@ -93,6 +93,9 @@ def main(argv: list[str]) -> None:
     """Runs the mode that the flags ask for."""
     if argv[1:]:
         _exit_with(f"Arguments must be --flags, got {' '.join(argv[1:])}.", USAGE_ERROR)
+    # Orbax, JAX and matplotlib tell every step they take; --verbosity=0 shows it.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     # Flags that are wrong should say so at once, not after the imports of seconds.
     from metaformer_jax.data.loader import DataError
     from metaformer_jax.training import distributed, evaluation, train
@@ -100,9 +103,6 @@ def main(argv: list[str]) -> None:
     from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
 
-    # Orbax and JAX tell every step they take; --verbosity=0 shows it.
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
     try:
         distributed.initialize(

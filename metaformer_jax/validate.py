@@ -34,13 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
     parser.add_argument("-j", "--workers", type=int, default=-1, help="-1: one for each core")
     options = parser.parse_args(arguments)
+    logging.set_verbosity(logging.WARNING)
 
     from metaformer_jax import models
     from metaformer_jax.data.loader import DataError
     from metaformer_jax.training import evaluation, recipes
     from metaformer_jax.weights import DownloadError
 
-    logging.set_verbosity(logging.WARNING)
     try:
         info = models.model_info(options.model)
         config = recipes.base_config()

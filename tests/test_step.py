@@ -299,6 +299,18 @@ def test_a_step_depends_on_state_and_batch_alone_and_compiles_once():
     assert engine.train_step._cache_size() == 1
 
 
+def test_each_image_and_each_step_has_keys_of_its_own():
+    engine = _engine(_mesh(1, 1), transform=MIXING)
+    keys = [
+        tuple(np.ravel(jax.random.key_data(key)).tolist())
+        for step in range(3)
+        for kind in engine._keys(jnp.int32(step), 16)
+        for key in kind
+    ]
+    # Of the eight groups, and twice of the sixteen images.
+    assert len(set(keys)) == len(keys) == 3 * (8 + 16 + 16)
+
+
 def test_dropped_paths_differ_between_steps():
     engine = _engine(_mesh(1, 1))
     state = engine.initial_state()

@@ -107,18 +107,20 @@ def evaluate(
     run = Run(config, trains=False)
     if workdir is None:
         evaluation = evaluate_state(run, _pretrained_state(run), console=console)
-        console.print(str(evaluation), highlight=False)
+        console.print(str(evaluation), highlight=False, soft_wrap=True)
         return evaluation
     if not has_checkpoint(workdir / "checkpoints"):
         raise ValueError(
             f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with "
             "--mode=train; or leave it out to evaluate config.model.pretrained."
         )
-    names = {"params": "last parameters", "ema": "their average"}
-    for entry in entries(workdir):
+    there_are = entries(workdir)
+    names = {"params": "last parameters", "ema": "their average"} if there_are[1:] else {}
+    for entry in there_are:
         variables = fitted_variables(run.engine.model, workdir, entry=entry)
         evaluation = evaluate_state(run, _state_of(run, variables), console=console)
-        console.print(f"{names[entry]:<16} {evaluation}", highlight=False)
+        name = f"{names[entry]:<16} " if names else ""
+        console.print(f"{name}{evaluation}", highlight=False, soft_wrap=True)
     return evaluation
 
 

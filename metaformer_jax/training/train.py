@@ -87,8 +87,8 @@ def train(
     if is_first_process():
         draw_curves(read_metrics(workdir), workdir / "curves.png")
         picture_misclassified(run, evaluation, workdir / "misclassified.png")
-    console.print(str(evaluation), highlight=False)
-    console.print(f"checkpoint, metrics and pictures: {workdir}", highlight=False)
+    console.print(str(evaluation), highlight=False, soft_wrap=True)
+    console.print(f"checkpoint, metrics and pictures: {workdir}", highlight=False, soft_wrap=True)
     return evaluation
 
 
