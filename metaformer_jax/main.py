@@ -82,7 +82,9 @@ def _explain(error: Exception, argv: list[str]) -> Exception:
             except ValueError as unknown_field:
                 return unknown_field
     if isinstance(error, flags.Error):
-        return error
+        # Of an error inside get_config the whole traceback is told, and the error last.
+        told = str(error).strip().splitlines()
+        return error if "Traceback" not in str(error) else ValueError(told[-1])
     return ValueError(
         f"`--config` must be a Python file that defines get_config(), got {path!r}, which failed "
         f"to load. {type(error).__name__}: {error}"

@@ -27,6 +27,10 @@ def _main(*arguments):
     [
         (["--config=configs/nope.py"], "got 'configs/nope.py', which is not there"),
         (["--config=README.md"], "'README.md', which failed to load"),
+        (
+            ["--config=configs/caformer_s18.py:512"],
+            "stage of caformer_s18 must be one of '', '384'",
+        ),
         ([DIGITS, "--config.lerning=3"], "Did you mean optimizer.learning_rate?"),
         ([DIGITS, "--config.epochs=many"], "could not convert string to float: 'many'"),
         ([DIGITS, "--config.model.drop_path_rate=-1"], "`drop_path_rate` must be in [0, 1)"),

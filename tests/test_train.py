@@ -17,6 +17,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from metaformer_jax.data.device import normalize
+from metaformer_jax.models import MetaFormer
 from metaformer_jax.training import evaluation, recipes, train
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.feeding import PlacedBatches
@@ -170,6 +171,16 @@ def test_fine_tuning_starts_from_the_weights_and_a_fresh_head(finished):
         jax.tree.map(np.testing.assert_array_equal, state.params[part], same_as[part])
     places = jax.tree.map(lambda array: array.sharding, state.params)
     assert places == jax.tree.map(lambda array: array.sharding, initial.params)
+
+
+def test_another_number_of_classes_asks_for_another_head(finished):
+    run = Run(_config(**{"model.pretrained": str(finished[0])}))
+    spec = run.engine.model.spec
+    run.engine.model = nnx.eval_shape(
+        lambda: MetaFormer(spec, num_classes=7, in_channels=1, image_size=32, rngs=nnx.Rngs(0))
+    )
+    with pytest.raises(ValueError, match=r"(?s)has 10 .* 7: .*fresh_head=True, or map"):
+        run.pretrained_variables()
 
 
 def test_fine_tuning_goes_on_from_where_the_training_ended(finished, tmp_path):

@@ -21,6 +21,7 @@ from metaformer_jax.training.feeding import PlacedBatches
 from metaformer_jax.training.step import Average, Engine
 from metaformer_jax.weights import hub
 from metaformer_jax.weights.convert import Variables
+from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.pretrained import fitted_variables
 
 
@@ -122,14 +123,22 @@ class Run:
             path = hub.converted_file(config.name)
         elif path in models.list_models() and not pathlib.Path(path).exists():
             path = hub.converted_file(path)
-        return fitted_variables(
-            self.engine.model,
-            path,
-            name=config.name or None,
-            keep_head=config.fresh_head,
-            class_map=config.class_map or None,
-            fit_channels=True,
-        )
+        try:
+            return fitted_variables(
+                self.engine.model,
+                path,
+                name=config.name or None,
+                keep_head=config.fresh_head,
+                class_map=config.class_map or None,
+                fit_channels=True,
+            )
+        except CheckpointError as error:
+            if "mis-shaped: head." not in str(error):
+                raise
+            raise CheckpointError(
+                f"{error} Or train another head, with config.model.fresh_head=True, or map that of "
+                "ImageNet-21K by config.model.class_map."
+            ) from error
 
     @contextlib.contextmanager
     def training_batches(self, start_step: int) -> Iterator[PlacedBatches]:
