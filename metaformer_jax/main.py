@@ -82,9 +82,10 @@ def _explain(error: Exception, argv: list[str]) -> Exception:
             except ValueError as unknown_field:
                 return unknown_field
     if isinstance(error, flags.Error):
-        # Of an error inside get_config the whole traceback is told, and the error last.
-        told = str(error).strip().splitlines()
-        return error if "Traceback" not in str(error) else ValueError(told[-1])
+        if "Traceback" not in str(error):
+            return error
+        # An error inside get_config comes with its traceback, and stands last.
+        return ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
     return ValueError(
         f"`--config` must be a Python file that defines get_config(), got {path!r}, which failed "
         f"to load. {type(error).__name__}: {error}"
