@@ -38,7 +38,7 @@ ARGUMENTS = {
 LAST_STEP = 45
 
 
-def _start(workdir, *flags, num_devices=8):
+def _start(workdir, *flags, num_devices=8, **environment):
     arguments = [f"--config.{field}={value}" for field, value in ARGUMENTS.items()]
     return subprocess.Popen(
         [
@@ -46,7 +46,9 @@ def _start(workdir, *flags, num_devices=8):
             *(f"--workdir={workdir}", *arguments, *flags),
         ],
         cwd=REPOSITORY,
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"},
+        env=os.environ
+        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+        | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -65,7 +67,11 @@ def _start_two(workdir):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = [f"--coordinator_address={address}", "--num_processes=2"]
-    return [_start(workdir, *flags, f"--process_id={i}", num_devices=4) for i in range(2)]
+    # By default the first process would listen on every network.
+    loopback = {"JAX_COORDINATOR_BIND_ADDRESS": address}
+    return [
+        _start(workdir, *flags, f"--process_id={i}", num_devices=4, **loopback) for i in range(2)
+    ]
 
 
 def _wait_for_step(workdir, step, processes):

@@ -279,8 +279,10 @@ def test_bfloat16_computes_nearly_the_same_and_keeps_float32():
 
 
 def test_parameters_and_moments_are_split_over_fsdp_and_only_there():
-    engine = _engine(_mesh(2, 4))
+    engine = _engine(_mesh(2, 4), average=AVERAGE)
     state = engine.initial_state()
+    places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state.ema, state.params)]
+    assert places[0] == places[1]
     kernel = state.params["stages"][1][0]["mlp"]["fc1"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp")
     assert kernel.addressable_shards[0].data.shape == (32, 32)

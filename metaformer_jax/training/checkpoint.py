@@ -5,7 +5,6 @@ import math
 import pathlib
 from collections.abc import Iterator
 from importlib import metadata
-from types import TracebackType
 from typing import Self
 
 import ml_collections
@@ -14,6 +13,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from metaformer_jax.training import settings
 from metaformer_jax.training.step import TrainState
+from metaformer_jax.weights.errors import first_line
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "metaformer-jax")
 
@@ -58,12 +58,7 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with _explained():
             self._manager.close()
 
@@ -133,7 +128,7 @@ class Checkpoints:
         self, step: int | None, config: ml_collections.ConfigDict, error: Exception
     ) -> str:
         folder = self._manager.directory / str(step)
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         try:
             about = self._manager.restore(
                 step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
@@ -179,7 +174,7 @@ def _explained() -> Iterator[None]:
         yield
     # Whatever goes wrong in any layer below: the file system, TensorStore, Orbax.
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise SaveError(
             f"A checkpoint could not be written: {reason}. Those before it are good: make room, "
             "and the same command continues."

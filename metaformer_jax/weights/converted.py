@@ -13,7 +13,7 @@ import numpy as np
 
 from metaformer_jax.models import MetaFormer
 from metaformer_jax.weights.convert import Variables, variables_of
-from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.errors import CheckpointError, first_line
 from metaformer_jax.weights.files import read_metadata, write_tensors
 from metaformer_jax.weights.layouts import dotted
 from metaformer_jax.weights.outputs import RECORD_NAME, whole_output
@@ -182,7 +182,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Re
             nested = checkpointer.restore(folder, args=ocp.args.PyTreeRestore())
     # Damage shows in any layer below: Orbax, TensorStore, JSON.
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             f"{folder} must be a whole Orbax checkpoint, got: {reason} Convert the weights again."
         ) from error

@@ -7,3 +7,8 @@ class CheckpointError(ValueError):
 
 class DownloadError(RuntimeError):
     """Published weights could not be fetched, or arrived damaged."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, without the rest of its story."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from metaformer_jax.weights.converted import flat_tensors, orbax_handler
-from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.errors import CheckpointError, first_line
 
 _CHECKPOINTS = "checkpoints"
 # Orbax writes it last.
@@ -94,7 +94,7 @@ def _explained(state: pathlib.Path) -> Iterator[None]:
         yield
     # Damage shows in any layer below: Orbax, TensorStore, JSON.
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             f"{state} must be a whole checkpoint of a training run, got: {reason}"
         ) from error
