@@ -75,3 +75,27 @@ def test_head_dropout_acts_in_training_only(head):
 def test_kernels_start_with_the_published_width():
     kernel = layers.linear(400, 400, rngs=nnx.Rngs(0)).kernel[...]
     np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("dims", [(3, 8), (8, 3), (4, 4)])
+def test_a_linear_layer_has_the_gradients_of_a_matrix_product(dims):
+    layer = layers.linear(*dims, rngs=nnx.Rngs(0))
+    kernel = layer.kernel[...]
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, dims[0]))
+    cotangent = jax.random.normal(jax.random.key(1), (2, 3, 5, dims[1]))
+    graphdef, state = nnx.split(layer)
+    value, vjp = jax.vjp(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+    by_state, by_x = vjp(cotangent)
+    np.testing.assert_allclose(value, np.einsum("bhwc,cd->bhwd", x, kernel), rtol=1e-5, atol=1e-6)
+    (by_kernel,) = jax.tree.leaves(by_state)
+    expected = np.einsum("bhwc,bhwd->cd", x, cotangent)
+    np.testing.assert_allclose(by_kernel, expected, rtol=1e-5, atol=1e-5)
+    expected = np.einsum("bhwd,cd->bhwc", cotangent, kernel)
+    np.testing.assert_allclose(by_x, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_squared_relu_lets_what_is_not_a_number_through():
+    x = jnp.array([-2.0, 0.0, 3.0, jnp.nan, -jnp.inf, jnp.inf])
+    np.testing.assert_array_equal(layers.squared_relu(x), [0, 0, 9, np.nan, 0, np.inf])
+    gradient = jax.vmap(jax.grad(layers.squared_relu))(x)
+    np.testing.assert_array_equal(gradient[:4], [0, 0, 6, np.nan])

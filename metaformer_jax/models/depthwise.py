@@ -96,7 +96,8 @@ def _shifted(x: Array, kernel: Array) -> Array:
         for i in range(kh)
         for j in range(kw)
     )
-    return functools.reduce(jnp.add, taps).astype(x.dtype)
+    # Without the barrier XLA for CPUs moves the last taps into the matrix product that follows.
+    return lax.optimization_barrier(functools.reduce(jnp.add, taps).astype(x.dtype))
 
 
 def _kernel_gradient_of_grouped(x: Array, cotangent: Array, kernel: Array) -> Array:

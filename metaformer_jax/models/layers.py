@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from metaformer_jax.models.normalization import LayerNorm
+
 _BLOCK = 2**16
 
 
@@ -64,21 +66,19 @@ def layer_norm(
     epsilon: float = 1e-6,
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
-) -> nnx.LayerNorm:
+) -> LayerNorm:
     """Layer normalisation over the channels; statistics and affine part stay float32."""
-    return nnx.LayerNorm(
+    return LayerNorm(
         dim,
         epsilon=epsilon,
         use_bias=use_bias,
         reduction_axes=axes,
         dtype=dtype,
-        use_fast_variance=False,
-        promote_dtype=lambda arrays, **_: arrays,
         rngs=rngs,
     )
 
 
-def image_layer_norm(dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def image_layer_norm(dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> LayerNorm:
     """Layer normalisation over height, width and channels together, scaled per channel.
 
     PoolFormer's Modified Layer Normalization (https://arxiv.org/abs/2111.11418), without bias.
@@ -88,7 +88,43 @@ def image_layer_norm(dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> n
 
 def linear(dim: int, out_dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> nnx.Linear:
     """A matrix product over the last axis, without bias."""
-    return nnx.Linear(dim, out_dim, use_bias=False, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+    return nnx.Linear(
+        dim,
+        out_dim,
+        use_bias=False,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        dot_general=_dot_general,
+        rngs=rngs,
+    )
+
+
+def _dot_general(x: Array, kernel: Array, dimension_numbers: Any, **_: Any) -> Array:
+    del dimension_numbers
+    return _matmul(x, kernel)
+
+
+@jax.custom_vjp
+def _matmul(x: Float[Array, "*b c"], kernel: Float[Array, "c d"]) -> Float[Array, "*b d"]:
+    return x @ kernel
+
+
+def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    # XLA for CPUs transposes the left side of a sum over tokens in memory: let it be the smaller.
+    x, kernel = residuals
+    left, right = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    is_swapped = left.shape[1] > right.shape[1]
+    if is_swapped:
+        left, right = right, left
+    product = jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())))
+    return cotangent @ kernel.T, product.T if is_swapped else product
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class StarReLU(nnx.Module):
@@ -104,7 +140,8 @@ class StarReLU(nnx.Module):
 
 def squared_relu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """`relu(x) ** 2` (https://arxiv.org/abs/2109.08668)."""
-    return jnp.square(jax.nn.relu(x))
+    # Written as a maximum, XLA for CPUs fills an array with zeros to compare with.
+    return jnp.where(x <= 0, 0, jnp.square(x))
 
 
 class ResScale(nnx.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from metaformer_jax.models.attention import dot_product_attention
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.layers import Frozen, StarReLU, kernel_init, linear
 
@@ -161,6 +162,5 @@ class Attention(nnx.Module):
         b, h, w, _ = x.shape
         qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, self.head_dim)
         query, key, value = (qkv[:, :, i] for i in range(3))
-        # Softmax and its sums are float32 whatever the compute dtype is.
-        mixed = jax.nn.dot_product_attention(query, key, value)
+        mixed = dot_product_attention(query, key, value)
         return self.proj(mixed.reshape(b, h, w, self.num_heads * self.head_dim))

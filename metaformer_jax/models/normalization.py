@@ -1,0 +1,60 @@
+"""Layer normalisation that keeps, for its backward pass, its input and two numbers per mean."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Flax's layer normalisation with a backward pass of its own; a scale, and maybe a bias.
+
+    Statistics and the affine part are float32 (https://arxiv.org/abs/1607.06450).
+    """
+
+    def __call__(self, x: Float[Array, "b *c"]) -> Float[Array, "b *c"]:  # type: ignore[override]
+        axes = self.reduction_axes
+        axes = tuple(axis % x.ndim for axis in ((axes,) if isinstance(axes, int) else axes))
+        normalized = _normalize(x, self.scale[...], axes, self.epsilon)  # type: ignore[index]
+        if self.bias is not None:
+            normalized = normalized + self.bias[...]
+        return normalized.astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _normalize(
+    x: Float[Array, "b *c"], scale: Float[Array, " c"], axes: tuple[int, ...], epsilon: float
+) -> Float[Array, "b *c"]:
+    """`scale * (x - mean) / sqrt(variance + epsilon)`, wide, over these axes."""
+    return _forward(x, scale, axes, epsilon)[0]
+
+
+def _forward(
+    x: Array, scale: Array, axes: tuple[int, ...], epsilon: float
+) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(wide, axes, keepdims=True)
+    centred = wide - mean
+    inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + epsilon)
+    return centred * inverse * scale, (x, scale, mean, inverse)
+
+
+def _backward(
+    axes: tuple[int, ...], epsilon: float, residuals: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array]:
+    del epsilon
+    x, scale, mean, inverse = residuals
+    normalized = (x.astype(mean.dtype) - mean) * inverse
+    gradient = cotangent * scale
+    # What moves all values, or stretches them, does not show in the output.
+    moved = jnp.mean(gradient, axes, keepdims=True)
+    stretched = normalized * jnp.mean(gradient * normalized, axes, keepdims=True)
+    x_gradient = inverse * (gradient - moved - stretched)
+    scale_gradient = jnp.sum(cotangent * normalized, tuple(range(x.ndim - 1)))
+    return x_gradient.astype(x.dtype), scale_gradient
+
+
+_normalize.defvjp(_forward, _backward)

@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaformer_jax.models.attention import dot_product_attention
+
+# Query and key tokens, heads, channels of a head.
+SHAPES = [(7, 7, 2, 4), (5, 9, 3, 8), (1, 1, 1, 2), (6, 6, 2, 32)]
+
+
+def _arrays(shape, dtype=jnp.float32):
+    num_queries, num_keys, heads, channels = shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, cotangent = (
+        jax.random.normal(key, (2, num_queries, heads, channels), dtype) for key in keys[:2]
+    )
+    key, value = (jax.random.normal(key, (2, num_keys, heads, channels), dtype) for key in keys[2:])
+    return query, key, value, cotangent
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_those_of_jax(shape):
+    *arguments, cotangent = _arrays(shape)
+    actual, vjp = jax.vjp(dot_product_attention, *arguments)
+    expected, plain_vjp = jax.vjp(jax.nn.dot_product_attention, *arguments)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    for gradient, expected in zip(vjp(cotangent), plain_vjp(cotangent), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_scores_beyond_the_range_of_exp_pick_their_largest():
+    query, key, value, _ = _arrays((5, 5, 1, 4))
+    mixed = dot_product_attention(1e3 * query, 1e3 * key, value)
+    scores = np.einsum("btnd,bsnd->bnts", query, key)
+    expected = np.take_along_axis(value[:, :, 0], scores.argmax(-1)[:, 0, :, None], axis=1)
+    np.testing.assert_allclose(mixed[:, :, 0], expected, rtol=1e-6)
+
+
+def test_in_bfloat16_sums_are_float32():
+    arguments = _arrays((64, 512, 2, 32), jnp.bfloat16)
+    *wide, wide_cotangent = (array.astype(jnp.float32) for array in arguments)
+    actual, vjp = jax.vjp(dot_product_attention, *arguments[:3])
+    expected, plain_vjp = jax.vjp(jax.nn.dot_product_attention, *wide)
+    assert actual.dtype == jnp.bfloat16
+    # Eight bits: of the weights, and of the result. A sum in bfloat16 is off by tens of percent.
+    pairs = zip((actual, *vjp(arguments[3])), (expected, *plain_vjp(wide_cotangent)), strict=True)
+    for narrow, wide in pairs:
+        error = np.abs(np.asarray(narrow, np.float32) - wide)
+        assert error.max() <= 2**-7 * np.abs(wide).max()
+
+
+def test_second_derivatives_work():
+    arguments = _arrays((4, 5, 1, 3))[:3]
+
+    def norm_of_gradients(function, *arguments):
+        gradients = jax.grad(lambda *a: jnp.sum(function(*a) ** 2), argnums=(0, 1, 2))(*arguments)
+        return sum(jnp.sum(gradient**2) for gradient in gradients)
+
+    for index in range(3):
+        actual, expected = (
+            jax.grad(norm_of_gradients, argnums=1 + index)(function, *arguments)
+            for function in (dot_product_attention, jax.nn.dot_product_attention)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
