@@ -186,6 +186,8 @@ class MetaFormer(nnx.Module):
     the call (`nnx.Rngs`, or `ImageKeys` for masks of each image's own), or else from streams
     forked from the `rngs` given here.
 
+    Differentiate by reverse mode, to any order; forward mode (`jax.jvp`) does not go through.
+
     Args:
         spec: the architecture.
         num_classes: classes of the head; 0 leaves it out.
