@@ -160,7 +160,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, _ = x.shape
-        qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, self.head_dim)
-        query, key, value = (qkv[:, :, i] for i in range(3))
+        # Thirds of the last axis, for an axis of three would be moved about in memory.
+        query, key, value = (
+            third.reshape(b, h * w, self.num_heads, self.head_dim)
+            for third in jnp.split(self.qkv(x), 3, axis=-1)
+        )
         mixed = dot_product_attention(query, key, value)
         return self.proj(mixed.reshape(b, h, w, self.num_heads * self.head_dim))
