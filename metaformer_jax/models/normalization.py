@@ -39,7 +39,7 @@ def _forward(
     mean = jnp.mean(wide, axes, keepdims=True)
     centred = wide - mean
     inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + epsilon)
-    return centred * inverse * scale, (x, scale, mean, inverse)
+    return centred * (inverse * scale), (x, scale, mean, inverse)
 
 
 def _backward(
