@@ -137,9 +137,9 @@ def crop_box(
             return left, top, left + crop_width, top + crop_height
     crop_width, crop_height = width, height
     if width / height < ratio[0]:
-        crop_height = round(width / ratio[0])
+        crop_height = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        crop_width = round(height * ratio[1])
+        crop_width = max(1, round(height * ratio[1]))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
 
