@@ -102,3 +102,11 @@ KINDS = (
     _append,
     _write_number,
 )
+
+
+def attempt(function, *errors):
+    """What a function gives, and None; or None, and the error of these kinds that it raised."""
+    try:
+        return function(), None
+    except errors as error:
+        return None, error
