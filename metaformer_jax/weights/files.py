@@ -7,6 +7,8 @@ import os
 import pathlib
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.integrity import crc32c_of_tensors
 
 SAFETENSORS = ".safetensors"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -22,6 +25,10 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What wrappers put before every key: DataParallel, torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
+# What the header of a safetensors file says beside the tensors begins with this where this project
+# wrote it.
+OWN_KEY = "metaformer_jax"
+_CHECKSUM_KEY = f"{OWN_KEY}_crc32c"
 # Some 150 bytes describe a tensor, and the largest model has 900 of them.
 _MAX_HEADER_BYTES = 16 << 20
 
@@ -59,6 +66,10 @@ def read_tensors(
 ) -> tuple[dict[str, np.ndarray], str | None]:
     """The tensors of a file by key, and the entry of a training checkpoint that they stood under.
 
+    Damage shows wherever the file has checksums: in the zip files that `torch.save` writes, and in
+    the safetensors files that this project writes. Other safetensors files, and those of torch
+    before 1.6, have none for their data.
+
     Args:
         path: `.safetensors`, or a file that `torch.save` wrote.
         entry: which entry of a training checkpoint to take, by default the first of `ENTRIES`
@@ -77,6 +88,8 @@ def read_tensors(
             )
         with _open_safetensors(path) as file:
             tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+            metadata = dict(file.metadata() or {})
+        _check_tensors(path, tensors, metadata)
     else:
         content = _load_torch(path)
         state_dict, entry = _unwrap(content, entry, path)
@@ -105,14 +118,16 @@ def write_tensors(
     Args:
         path: the file; what is there is replaced.
         tensors: float32 arrays by key.
-        metadata: kept in a safetensors file's header; a PyTorch file holds the tensors alone.
+        metadata: kept in a safetensors file's header, beside the tensors' checksum; a PyTorch file
+            holds the tensors alone.
     """
     if pathlib.Path(path).suffix == SAFETENSORS:
         from safetensors.numpy import save_file
 
         # The writer takes the memory as it stands, whatever the strides are.
         contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
-        save_file(contiguous, path, metadata=dict(metadata))
+        checksum = crc32c_of_tensors(contiguous, metadata)
+        save_file(contiguous, path, metadata={**metadata, _CHECKSUM_KEY: checksum})
     else:
         torch = import_torch()
         torch.save({key: torch.from_numpy(_writable(t)) for key, t in tensors.items()}, path)
@@ -156,8 +171,23 @@ def _open_safetensors(path: pathlib.Path) -> Iterator[Any]:
         ) from error
 
 
+def _check_tensors(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+    if not any(key.startswith(OWN_KEY) for key in metadata):
+        return
+    expected = metadata.pop(_CHECKSUM_KEY, "none")
+    if (checksum := crc32c_of_tensors(tensors, metadata)) != expected:
+        raise CheckpointError(
+            f"The tensors of {path} must have the CRC-32C that stands in its header, {expected}, "
+            f"got {checksum}. It is damaged, or of an earlier version: delete it, and fetch or "
+            "convert it again."
+        )
+
+
 def _load_torch(path: pathlib.Path) -> Any:
     torch = import_torch()
+    _check_zip(path)
     try:
         # Training scripts keep their arguments beside the weights; a namespace runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -178,6 +208,28 @@ def _load_torch(path: pathlib.Path) -> Any:
             f"`path` must be a whole file as torch.save writes it, got {path}{reason}. It is "
             "truncated or no checkpoint: fetch it again."
         ) from error
+
+
+def _check_zip(path: pathlib.Path) -> None:
+    # torch compares none of the checksums that it writes, and would unpack what is compressed.
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as file:
+            packed = (i.filename for i in file.infolist() if i.compress_type != zipfile.ZIP_STORED)
+            if (name := next(packed, None)) is not None:
+                reason = f"{name} is compressed, which torch.save never does"
+            elif (name := file.testzip()) is not None:
+                reason = f"{name} has another checksum than was written"
+            else:
+                return
+    # Whatever the damage meets, each of zipfile's layers has errors of its own.
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
+        reason = str(error) or type(error).__name__
+    raise CheckpointError(
+        f"`path` must be a whole file as torch.save writes it, got {path}: {reason}. It is "
+        "damaged: fetch it again."
+    )
 
 
 def _unwrap(
