@@ -24,7 +24,7 @@ class Invariant:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
@@ -53,12 +53,12 @@ def _at_most(most: float) -> Invariant:
 
 # Smaller numbers float32 cannot hold, and the products of some of the larger.
 _LEAST = 1e-30
-WHOLE = Invariant("a whole number", _is_whole)
+WHOLE = Invariant("a whole number of at most 64 bits", _is_whole)
 NUMBER = Invariant(f"a number, 0 or of a size from {_LEAST:g} to {1 / _LEAST:g}", _is_number)
 TEXT = Invariant("text, of characters that a path can have", _is_text)
 FLAG = Invariant("True or False", lambda value: isinstance(value, bool))
 NUMBERS = Invariant("numbers", _all_are(_is_number))
-WHOLES = Invariant("whole numbers", _all_are(_is_whole))
+WHOLES = Invariant("whole numbers of at most 64 bits", _all_are(_is_whole))
 TEXTS = Invariant("a tuple of texts", _all_are(_is_text))
 PAIR = Invariant("two numbers, the least and the greatest", lambda values: len(values) == 2)
 POSITIVE = Invariant("positive", lambda value: value > 0)

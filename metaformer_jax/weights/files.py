@@ -216,20 +216,29 @@ def _check_zip(path: pathlib.Path) -> None:
         return
     try:
         with zipfile.ZipFile(path) as file:
-            packed = (i.filename for i in file.infolist() if i.compress_type != zipfile.ZIP_STORED)
-            if (name := next(packed, None)) is not None:
-                reason = f"{name} is compressed, which torch.save never does"
-            elif (name := file.testzip()) is not None:
+            reason = _foreign_member(file, path.stat().st_size)
+            if not reason and (name := file.testzip()) is not None:
                 reason = f"{name} has another checksum than was written"
-            else:
-                return
     # Whatever the damage meets, each of zipfile's layers has errors of its own.
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
         reason = str(error) or type(error).__name__
-    raise CheckpointError(
-        f"`path` must be a whole file as torch.save writes it, got {path}: {reason}. It is "
-        "damaged: fetch it again."
-    )
+    if reason:
+        raise CheckpointError(
+            f"`path` must be a whole file as torch.save writes it, got {path}: {reason}. It is "
+            "damaged or made by another program: fetch it again."
+        )
+
+
+def _foreign_member(file: zipfile.ZipFile, num_bytes: int) -> str:
+    """What torch.save would not have written, by the list of members alone."""
+    for member in file.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            return f"{member.filename!r} is compressed"
+        if pathlib.PurePosixPath(member.filename).is_absolute() or ".." in member.filename:
+            return f"{member.filename!r} names another place"
+    if sum(member.file_size for member in file.infolist()) > num_bytes:
+        return "its members overlap"
+    return ""
 
 
 def _unwrap(

@@ -142,7 +142,12 @@ NO_TEXT = (
     OTHER | FLAGS | st.integers() | st.floats() | st.sampled_from(["\0", "a\0b", "\ud800", ("a",)])
 )
 NO_COUNT = NO_WHOLE | HUGE | st.integers(max_value=0)
-NO_CHOICE = NO_TEXT | WORDS
+
+
+def no_choice(*choices):
+    return (NO_TEXT | WORDS).filter(lambda value: value not in choices)
+
+
 NEGATIVE = st.floats(max_value=-1e-30) | st.integers(max_value=-1)
 NO_POSITIVE = NO_NUMBER | NEGATIVE | st.sampled_from([0, 0.0, -0.0])
 NO_BELOW_ONE = NO_NUMBER | NEGATIVE | st.floats(1.0) | st.sampled_from([1, 1 - 1e-12])
@@ -173,22 +178,22 @@ INVALID = {
     "label_smoothing": NO_BELOW_ONE,
     "log_every_steps": NO_COUNT,
     "eval_every_epochs": NO_POSITIVE,
-    "on_nonfinite": NO_CHOICE,
+    "on_nonfinite": no_choice("stop", "skip"),
     "max_skipped_updates": NO_COUNT,
     "profile_steps": NO_FLAG
     | st.sampled_from([(5,), (2, 1), (0, 1), (1, 2, 3), (1.0, 2.0), ("1", "2"), (True, 2), 3]),
-    "model.name": NO_CHOICE.filter(lambda value: value != ""),
-    "model.family": NO_CHOICE,
+    "model.name": no_choice("", *models.list_models()),
+    "model.family": no_choice(*models.FAMILIES),
     "model.depths": NO_SIZES,
     "model.dims": NO_SIZES,
     "model.drop_path_rate": NO_BELOW_ONE,
     "model.head_dropout": NO_BELOW_ONE,
-    "model.dtype": NO_CHOICE,
+    "model.dtype": no_choice("float32", "bfloat16"),
     "model.remat": NO_FLAG,
     "model.pretrained": NO_TEXT,
     "model.fresh_head": NO_FLAG | st.just(True),
     "model.class_map": NO_TEXT | st.just("map.json"),
-    "data.name": NO_CHOICE.filter(lambda name: "://" not in str(name)),
+    "data.name": no_choice("digits"),
     "data.root": NO_TEXT,
     "data.image_size": NO_COUNT | st.integers(1, 2) | st.integers(2**14 + 1),
     "data.mean": NO_CHANNEL | st.tuples(NO_FRACTION),
@@ -196,13 +201,13 @@ INVALID = {
     "data.num_workers": NO_WHOLE | HUGE | st.integers(max_value=-2),
     "data.num_threads": NO_WHOLE | HUGE | st.integers(max_value=-1),
     "data.max_bad_fraction": NO_FRACTION,
-    "augment.crop": NO_CHOICE,
+    "augment.crop": no_choice(*augment.CROPS),
     "augment.crop_scale": NO_PAIR,
     "augment.crop_ratio": NO_PAIR,
     "augment.interpolations": NO_FLAG | st.just(()) | st.just(("cubic",)) | st.just("bicubic"),
     "augment.flip_probability": NO_FRACTION,
     "augment.randaugment": NO_TEXT
-    | WORDS.filter(bool)
+    | WORDS.filter(lambda text: text and not text.startswith("rand-m9"))
     | st.sampled_from(["rand", "rand-m11-inc1", "rand-n0-inc1", "rand-n1.5-inc1", "rand-p2-inc1"])
     | st.sampled_from(["rand-m" + "9" * 400 + "-inc1", "rand-n99999-inc1", "rand-m\u0663-inc1"]),
     "augment.three_augment": NO_FLAG,
@@ -215,11 +220,11 @@ INVALID = {
     "mixing.group_size": NO_COUNT | st.integers(3),
     "erasing_probability": NO_FRACTION,
     "eval_crop_fraction": NO_FRACTION | st.sampled_from([0, 0.0, 1e-30, 1e-4]),
-    "eval_interpolation": NO_CHOICE,
-    "optimizer.name": NO_CHOICE,
+    "eval_interpolation": no_choice(*augment.INTERPOLATIONS),
+    "optimizer.name": no_choice("adamw", "lamb"),
     "optimizer.learning_rate": NO_POSITIVE,
-    "optimizer.schedule": NO_CHOICE,
-    "optimizer.schedule_by": NO_CHOICE,
+    "optimizer.schedule": no_choice("cosine", "constant"),
+    "optimizer.schedule_by": no_choice("epoch", "step"),
     "optimizer.warmup_epochs": NO_NUMBER | NEGATIVE | numbers(15.0, 1e30),
     "optimizer.warmup_learning_rate": NO_NUMBER | NEGATIVE,
     "optimizer.min_learning_rate": NO_NUMBER | NEGATIVE,
