@@ -29,7 +29,7 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and (value == 0 or _LEAST <= abs(value) <= 1 / _LEAST)
+    return is_number and (value == 0 or _LEAST <= abs(value) <= _GREATEST)
 
 
 def _is_text(value: Any) -> bool:
@@ -52,9 +52,9 @@ def _at_most(most: float) -> Invariant:
 
 
 # Smaller numbers float32 cannot hold, and the products of some of the larger.
-_LEAST = 1e-30
+_LEAST, _GREATEST = 1e-30, 1e30
 WHOLE = Invariant("a whole number of at most 64 bits", _is_whole)
-NUMBER = Invariant(f"a number, 0 or of a size from {_LEAST:g} to {1 / _LEAST:g}", _is_number)
+NUMBER = Invariant(f"a number, 0 or of a size from {_LEAST:g} to {_GREATEST:g}", _is_number)
 TEXT = Invariant("text, of characters that a path can have", _is_text)
 FLAG = Invariant("True or False", lambda value: isinstance(value, bool))
 NUMBERS = Invariant("numbers", _all_are(_is_number))

@@ -217,7 +217,7 @@ INVALID = {
     "mixing.cutmix_alpha": NO_ALPHA,
     "mixing.switch_probability": NO_FRACTION,
     "mixing.probability": NO_FRACTION,
-    "mixing.group_size": NO_COUNT | st.integers(3),
+    "mixing.group_size": NO_COUNT | st.integers(17) | st.sampled_from([3, 5, 12]),
     "erasing_probability": NO_FRACTION,
     "eval_crop_fraction": NO_FRACTION | st.sampled_from([0, 0.0, 1e-30, 1e-4]),
     "eval_interpolation": no_choice(*augment.INTERPOLATIONS),
