@@ -29,6 +29,10 @@ _PREFIXES = ("module.", "_orig_mod.")
 # wrote it.
 OWN_KEY = "metaformer_jax"
 _CHECKSUM_KEY = f"{OWN_KEY}_crc32c"
+_FOLDER_ATTRIBUTE = 0x10
+_PIECE_BYTES = 1 << 20
+# By which torch tells its two formats apart.
+_ZIP_MAGIC = b"PK\x03\x04"
 # Some 150 bytes describe a tensor, and the largest model has 900 of them.
 _MAX_HEADER_BYTES = 16 << 20
 
@@ -212,13 +216,17 @@ def _load_torch(path: pathlib.Path) -> Any:
 
 def _check_zip(path: pathlib.Path) -> None:
     # torch compares none of the checksums that it writes, and would unpack what is compressed.
-    if not zipfile.is_zipfile(path):
-        return
+    with open(path, "rb") as start:
+        if start.read(4) != _ZIP_MAGIC:
+            return
     try:
         with zipfile.ZipFile(path) as file:
             reason = _foreign_member(file, path.stat().st_size)
-            if not reason and (name := file.testzip()) is not None:
-                reason = f"{name} has another checksum than was written"
+            # Each by its entry, for damage can give two of them one name.
+            for member in file.infolist() if not reason else ():
+                with file.open(member) as content:
+                    while content.read(_PIECE_BYTES):
+                        pass
     # Whatever the damage meets, each of zipfile's layers has errors of its own.
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
         reason = str(error) or type(error).__name__
@@ -231,9 +239,14 @@ def _check_zip(path: pathlib.Path) -> None:
 
 def _foreign_member(file: zipfile.ZipFile, num_bytes: int) -> str:
     """What torch.save would not have written, by the list of members alone."""
+    if len(set(file.namelist())) < len(file.namelist()):
+        return "several members have one name"
     for member in file.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
             return f"{member.filename!r} is compressed"
+        # A folder has no content: torch would leave the tensor's memory as it was.
+        if member.is_dir() or member.external_attr & _FOLDER_ATTRIBUTE:
+            return f"{member.filename!r} is marked as a folder"
         if pathlib.PurePosixPath(member.filename).is_absolute() or ".." in member.filename:
             return f"{member.filename!r} names another place"
     if sum(member.file_size for member in file.infolist()) > num_bytes:

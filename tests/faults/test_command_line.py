@@ -72,6 +72,12 @@ def test_any_field_on_the_command_line_is_known_or_is_one_line(field, text):
     check_command_line([f"--config.{field}" + ("" if text is None else f"={text}")])
 
 
+@pytest.mark.usefixtures("parsed_once")
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_field_that_would_break_the_line_is_one_line():
+    check_command_line(["--config.epochs\x1e=3"])
+
+
 def check_command_line(arguments):
     with pytest.MonkeyPatch.context() as patch:
         printed = []

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaformer_jax import models
-from metaformer_jax.training import run
+from metaformer_jax.training import recipes, run
+from metaformer_jax.training.settings import check_fields, flatten
 
 pytestmark = pytest.mark.faults
 
@@ -104,6 +105,18 @@ def test_invalid_values_are_refused_by_the_fields_name(field):
         assert type(caught.value) is ValueError
 
     refused()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, None, "1", (1,), {}, 10**5000, -(10**5000), *map(float, ("nan", "inf", "-inf"))],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_number_is_refused_by_every_field_of_numbers(value):
+    for field, default in flatten(recipes.base_config()).items():
+        if type(default) in (int, float):
+            with pytest.raises(ValueError, match=rf"config\.{field}"):
+                check_fields(change(small(), field, value))
 
 
 @bounded(60)

@@ -234,6 +234,35 @@ def test_names_of_other_places_in_a_zip_file_are_refused(name):
         files.read_tensors("a.pth")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name_are_refused():
+    write_zip("a.pth", tensor_of((4, 4), (4, 1), 16))
+    with zipfile.ZipFile("a.pth", "a") as file:
+        file.writestr("archive/data/0", b"x" * 64)
+    with pytest.raises(CheckpointError, match="one name"):
+        files.read_tensors("a.pth")
+
+
+def test_a_tensor_marked_as_a_folder_is_refused():
+    write_zip("a.pth", tensor_of((4, 4), (4, 1), 16))
+    with zipfile.ZipFile("a.pth", "a") as file:
+        file.getinfo("archive/data/0").external_attr |= 0x10
+        file._didModify = True
+    with pytest.raises(CheckpointError, match="is marked as a folder"):
+        files.read_tensors("a.pth")
+
+
+def test_a_zip_file_without_its_end_is_refused_as_damaged():
+    write_zip("a.pth", tensor_of((4, 4), (4, 1), 16))
+    whole = bytearray(pathlib.Path("a.pth").read_bytes())
+    for disks in (1, 0xFFFF):
+        # In the record at its end: the file says to be one of several.
+        whole[-18:-14] = disks.to_bytes(2, "little") * 2
+        pathlib.Path("a.pth").write_bytes(whole)
+        with pytest.raises(CheckpointError):
+            files.read_tensors("a.pth")
+
+
 def test_storages_of_other_places_are_refused():
     pathlib.Path("secret").write_bytes(bytes(64))
     for key in ("../../secret", "/etc/passwd", os.path.abspath("secret")):
