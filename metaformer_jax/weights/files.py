@@ -245,7 +245,7 @@ def _foreign_member(file: zipfile.ZipFile, num_bytes: int) -> str:
         if member.compress_type != zipfile.ZIP_STORED:
             return f"{member.filename!r} is compressed"
         # A folder has no content: torch would leave the tensor's memory as it was.
-        if member.is_dir() or member.external_attr & _FOLDER_ATTRIBUTE:
+        if member.filename.endswith("/") or member.external_attr & _FOLDER_ATTRIBUTE:
             return f"{member.filename!r} is marked as a folder"
         if pathlib.PurePosixPath(member.filename).is_absolute() or ".." in member.filename:
             return f"{member.filename!r} names another place"

@@ -157,7 +157,8 @@ def test_damaged_metadata_change_no_image_and_no_label(name, dataset, tmp_path, 
         for damaged in mutations(whole, 150, seed=3):
             path.write_bytes(damaged)
             records, error = attempt(lambda: read_examples(dataset.parents[1]), ValueError)
-            assert not error or "imagenet2012" in str(error) or isinstance(error, BadImageError)
+            # In this project's words; the set's own name may be what is damaged.
+            assert not error or " must " in str(error) or isinstance(error, BadImageError)
             assert error or records == expected
             endings.add("refused" if error else "whole")
     finally:
