@@ -334,6 +334,12 @@ def test_crops_lie_in_every_place_alike_and_are_never_empty():
     assert (width * height == 1).all()
 
 
+@pytest.mark.parametrize("ratio", [(1e3, 1e6), (1e-6, 1e-3)])
+def test_a_crop_of_a_shape_that_no_part_has_is_one_pixel_wide(ratio):
+    left, top, right, bottom = transforms.crop_box(24, 32, rng=rng(), ratio=ratio)
+    assert min(right - left, bottom - top) == 1
+
+
 def test_a_simple_crop_reaches_every_place_alike():
     pixels = np.zeros((20, 20), np.uint8)
     pixels[10, 10] = 255

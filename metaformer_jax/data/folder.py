@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from metaformer_jax.data.sources import Record, checked_index
+from metaformer_jax.data.transforms import readable_formats
 
 # Directories read at a time. Each waits for the file system most of the time.
 _SCAN_THREADS = 16
@@ -182,7 +183,9 @@ def _contains(outer: str, inner: str) -> bool:
 @functools.cache
 def _readable_extensions() -> frozenset[str]:
     return frozenset(
-        extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN
+        extension
+        for extension, kind in Image.registered_extensions().items()
+        if kind in readable_formats()
     )
 
 

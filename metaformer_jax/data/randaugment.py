@@ -9,6 +9,9 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 _MAX_MAGNITUDE = 10.0
+_PART = re.compile(
+    r"(?P<name>mstd|inc|m|p|n(?=\d{1,3}$))(?P<value>\d{1,9}(?:\.\d{1,9})?)", re.ASCII
+)
 _RESAMPLING = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 Fill = int | tuple[int, ...]
@@ -74,14 +77,14 @@ def parse_policy(text: str) -> RandAugmentPolicy:
     name, *parts = text.split("-")
     fields: dict[str, float] = {}
     for part in parts:
-        match = re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", part)
-        if match is None or match[1] in fields:
+        match = _PART.fullmatch(part)
+        if match is None or match["name"] in fields:
             break
-        fields[match[1]] = float(match[2])
+        fields[match["name"]] = float(match["value"])
     if name != "rand" or len(fields) != len(parts) or fields.get("inc") != 1:
         raise ValueError(
-            "`randaugment` must be of the form 'rand-m9-mstd0.5-inc1', with m, mstd, n and p as "
-            f"numbers and inc1, got {text!r}."
+            "`randaugment` must be of the form 'rand-m9-mstd0.5-inc1', with m, mstd, n (whole) "
+            f"and p as numbers and inc1, got {text!r}."
         )
     return RandAugmentPolicy(
         magnitude=fields.get("m", 10.0),

@@ -39,8 +39,8 @@ class BadImageError(BadRecordError):
 def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Image:
     """An image of mode RGB or L from the content of an image file.
 
-    Whatever Pillow reads, converted as it converts. As in the published pipeline an orientation
-    in EXIF is not applied.
+    Whatever Pillow reads by itself, converted as it converts. As in the published pipeline an
+    orientation in EXIF is not applied.
 
     Args:
         data: the file's content.
@@ -60,7 +60,7 @@ def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Ima
         left, top, right, bottom = crop(width, height) if crop else (0, 0, width, height)
         return Image.fromarray(pixels[top:bottom, left:right])
     try:
-        opened = Image.open(io.BytesIO(data))
+        opened = Image.open(io.BytesIO(data), formats=readable_formats())
         opened.load()
         image = opened if opened.mode == _MODES[channels] else opened.convert(_MODES[channels])
     # Each format's reader fails in its own way.
@@ -81,6 +81,13 @@ def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Ima
             reason = f"{len(data)} bytes that are no image"
         raise BadImageError(reason) from error
     return image.crop(crop(*image.size)) if crop else image
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that it reads by itself: for EPS it starts Ghostscript."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
@@ -137,9 +144,9 @@ def crop_box(
             return left, top, left + crop_width, top + crop_height
     crop_width, crop_height = width, height
     if width / height < ratio[0]:
-        crop_height = round(width / ratio[0])
+        crop_height = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        crop_width = round(height * ratio[1])
+        crop_width = max(1, round(height * ratio[1]))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
 
@@ -198,11 +205,20 @@ def evaluation_transform(
 def resize_short_side(
     image: Image.Image, size: int, interpolation: Image.Resampling
 ) -> Image.Image:
-    """Resizes to `size` pixels on the short side; on the long one fractions are cut off."""
+    """Resizes to `size` pixels on the short side; on the long one fractions are cut off.
+
+    Raises:
+        BadImageError: it is so narrow that the result would have more than 100 million pixels.
+    """
     short, long = sorted(image.size)
     if short == size:
         return image
     longer = int(size * long / short)
+    if size * longer > _MAX_PIXELS:
+        raise BadImageError(
+            f"{image.width}x{image.height} pixels, which are {size}x{longer} with a short side of "
+            f"{size}"
+        )
     new_size = (size, longer) if image.width <= image.height else (longer, size)
     return image.resize(new_size, interpolation)
 

@@ -1,6 +1,7 @@
 """What a config describes, built: the only module, with `train`, that sees a ConfigDict."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
@@ -14,8 +15,8 @@ from flax import nnx
 from metaformer_jax import models
 from metaformer_jax.data import augment, loader
 from metaformer_jax.data.device import DeviceTransform, check_groups
-from metaformer_jax.data.randaugment import parse_policy
-from metaformer_jax.data.sources import open_source
+from metaformer_jax.data.randaugment import RandAugmentPolicy, parse_policy
+from metaformer_jax.data.sources import Source, open_source
 from metaformer_jax.training import optim, settings, sharding
 from metaformer_jax.training.feeding import PlacedBatches
 from metaformer_jax.training.step import Average, Engine
@@ -23,6 +24,9 @@ from metaformer_jax.weights import hub
 from metaformer_jax.weights.convert import Variables
 from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.pretrained import fitted_variables
+
+# An int32 counts them.
+_MAX_STEPS = 2**31 - 1
 
 
 class Run:
@@ -41,8 +45,8 @@ class Run:
         self.config = config
         data = config.data
         if trains:
-            self.train_source = open_source(data.name, "train", root=data.root)
-        self.eval_source = open_source(data.name, "eval", root=data.root)
+            self.train_source = _open_source(data, "train")
+        self.eval_source = _open_source(data, "eval")
         self.class_names = self.eval_source.class_names
         channels = self.eval_source.channels
         for field in ("mean", "std"):
@@ -62,6 +66,11 @@ class Run:
             self.steps_per_epoch = num_examples / config.batch_size
         epochs = config.epochs + config.cooldown_epochs
         self.total_steps = max(1, round(epochs * self.steps_per_epoch))
+        if self.total_steps > _MAX_STEPS:
+            raise ValueError(
+                f"`config.epochs` must take at most {_MAX_STEPS:,} steps, got {epochs:g} epochs of "
+                f"{self.steps_per_epoch:,.0f}. Use larger batches."
+            )
         # What is missing to a whole batch is filled up and does not count.
         self.eval_batch_size = math.ceil(config.eval_batch_size / mesh.size) * mesh.size
         self.schedule = optim.by_step(
@@ -176,30 +185,46 @@ class Run:
         )
 
 
+def _open_source(data: ml_collections.ConfigDict, split: str) -> Source:
+    try:
+        with settings.naming(root="data.root", split="data.name"):
+            return open_source(data.name, split, root=data.root)
+    except OSError as error:
+        raise ValueError(
+            f"`config.data.root` must be a folder that can be read, got {data.root!r}: "
+            f"{error.strerror}."
+        ) from error
+
+
 def _host_transforms(
     config: ml_collections.ConfigDict, channels: int
 ) -> tuple[augment.TrainTransform, augment.EvalTransform]:
     policy = config.augment.randaugment
-    train = augment.TrainTransform(
-        image_size=config.data.image_size,
-        channels=channels,
-        crop=config.augment.crop,
-        crop_scale=tuple(config.augment.crop_scale),
-        crop_ratio=tuple(config.augment.crop_ratio),
-        interpolations=tuple(config.augment.interpolations),
-        flip_probability=config.augment.flip_probability,
-        randaugment=parse_policy(policy) if policy else None,
-        fill=tuple(round(255 * value) for value in config.data.mean),
-        three_augment=config.augment.three_augment,
-        color_jitter=config.augment.color_jitter,
-        max_shift=config.augment.max_shift,
-    )
-    evaluation = augment.EvalTransform(
-        image_size=config.data.image_size,
-        channels=channels,
-        crop_fraction=config.eval_crop_fraction,
-        interpolation=config.eval_interpolation,
-    )
+    fields_of = {name: f"augment.{name}" for name in config.augment}
+    fields_of["interpolation"] = "augment.interpolations"
+    of_policy = (field.name for field in dataclasses.fields(RandAugmentPolicy))
+    with settings.naming(**fields_of, **dict.fromkeys(of_policy, "augment.randaugment")):
+        train = augment.TrainTransform(
+            image_size=config.data.image_size,
+            channels=channels,
+            crop=config.augment.crop,
+            crop_scale=tuple(config.augment.crop_scale),
+            crop_ratio=tuple(config.augment.crop_ratio),
+            interpolations=tuple(config.augment.interpolations),
+            flip_probability=config.augment.flip_probability,
+            randaugment=parse_policy(policy) if policy else None,
+            fill=tuple(round(255 * value) for value in config.data.mean),
+            three_augment=config.augment.three_augment,
+            color_jitter=config.augment.color_jitter,
+            max_shift=config.augment.max_shift,
+        )
+    with settings.naming(crop_fraction="eval_crop_fraction", interpolation="eval_interpolation"):
+        evaluation = augment.EvalTransform(
+            image_size=config.data.image_size,
+            channels=channels,
+            crop_fraction=config.eval_crop_fraction,
+            interpolation=config.eval_interpolation,
+        )
     return train, evaluation
 
 
@@ -260,14 +285,31 @@ def _model_builder(
             "One of `config.model.name` and `config.model.family` must be set, got "
             f"{config.model.name!r} and {config.model.family!r}."
         )
-    if config.model.name:
-        return lambda rngs: models.create_model(config.model.name, **arguments, rngs=rngs)
-    if config.model.family not in models.FAMILIES:
+    name = config.model.name
+    if not name and config.model.family not in models.FAMILIES:
         raise ValueError(
             f"`config.model.family` must be one of {', '.join(models.FAMILIES)}, got "
             f"{config.model.family!r}."
         )
-    spec = models.FAMILIES[config.model.family].spec(
-        depths=tuple(config.model.depths), dims=tuple(config.model.dims)
-    )
-    return lambda rngs: models.MetaFormer(spec, **arguments, rngs=rngs)
+    with settings.naming(
+        "model.depths", name="model.name", depths="model.depths", dims="model.dims"
+    ):
+        spec = (
+            models.model_spec(name)
+            if name
+            else models.FAMILIES[config.model.family].spec(
+                depths=tuple(config.model.depths), dims=tuple(config.model.dims)
+            )
+        )
+    with settings.naming("data.image_size"):
+        spec.stage_resolutions(config.data.image_size)
+
+    def build(rngs: nnx.Rngs) -> models.MetaFormer:
+        with settings.naming(
+            drop_path_rate="model.drop_path_rate", head_dropout="model.head_dropout"
+        ):
+            if name:
+                return models.create_model(name, **arguments, rngs=rngs)
+            return models.MetaFormer(spec, **arguments, rngs=rngs)
+
+    return build

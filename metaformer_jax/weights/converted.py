@@ -14,13 +14,13 @@ import numpy as np
 from metaformer_jax.models import MetaFormer
 from metaformer_jax.weights.convert import Variables, variables_of
 from metaformer_jax.weights.errors import CheckpointError, first_line
-from metaformer_jax.weights.files import read_metadata, write_tensors
+from metaformer_jax.weights.files import OWN_KEY, read_metadata, write_tensors
+from metaformer_jax.weights.integrity import verify, write_checksums
 from metaformer_jax.weights.layouts import dotted
 from metaformer_jax.weights.outputs import RECORD_NAME, whole_output
 
-FORMAT = 1
+FORMAT = 2
 _VARIABLES_NAME = "variables"
-_METADATA_KEY = "metaformer_jax"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,6 @@ class Record:
         source_layout: its layout.
         source_entry: the entry of a training checkpoint that was taken.
         date: when they were converted, in UTC.
-        variables_bytes: size of the folder's Orbax checkpoint, by which an incomplete copy shows.
         format: version of the folder.
     """
 
@@ -54,7 +53,6 @@ class Record:
     source_layout: str | None = None
     source_entry: str | None = None
     date: str
-    variables_bytes: int | None = None
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -107,9 +105,8 @@ def write_folder(
             checkpointer.save(
                 partial / _VARIABLES_NAME, args=ocp.args.PyTreeSave(_nested(variables))
             )
-        size = _size_of(partial / _VARIABLES_NAME)
-        record = dataclasses.replace(record, variables_bytes=size)
         (partial / RECORD_NAME).write_text(record.to_json())
+        write_checksums(partial)
     return record
 
 
@@ -123,7 +120,7 @@ def write_portable_file(
     """
     tensors = {dotted(path): array for path, array in variables.items()}
     with whole_output(path, force=force, is_folder=False) as partial:
-        write_tensors(partial, tensors, {_METADATA_KEY: record.to_json()})
+        write_tensors(partial, tensors, {OWN_KEY: record.to_json()})
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
@@ -140,7 +137,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     path = pathlib.Path(path)
     try:
         if path.is_file():
-            text = read_metadata(path).get(_METADATA_KEY)
+            text = read_metadata(path).get(OWN_KEY)
         else:
             text = (path / RECORD_NAME).read_text() if is_folder(path) else None
         if text is None:
@@ -154,8 +151,11 @@ def read_record(path: str | os.PathLike[str]) -> Record:
                 f"The {RECORD_NAME} of {path} must be of format {FORMAT}, got "
                 f"{fields['format']!r}. Update metaformer_jax, or convert the weights again."
             )
-        return Record(**{**fields, "image_size": tuple(fields["image_size"])})
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        record = Record(**{**fields, "image_size": tuple(fields["image_size"])})
+        if not isinstance(record.model, str):
+            raise TypeError(f"`model` must be text, got {record.model!r}")
+        return record
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(
             f"The {RECORD_NAME} of {path} must be as the conversion wrote it, got {error!r}. "
             "Convert the weights again."
@@ -171,12 +171,8 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Re
     import orbax.checkpoint as ocp
 
     record = read_record(path)
+    verify(path)
     folder = pathlib.Path(path).absolute() / _VARIABLES_NAME
-    if (size := _size_of(folder)) != record.variables_bytes:
-        raise CheckpointError(
-            f"{folder} must have the {record.variables_bytes} bytes of its {RECORD_NAME}, got "
-            f"{size}. It was copied in part or changed: copy or convert the weights again."
-        )
     try:
         with ocp.Checkpointer(orbax_handler(), **_alone()) as checkpointer:
             nested = checkpointer.restore(folder, args=ocp.args.PyTreeRestore())
@@ -186,19 +182,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Re
         raise CheckpointError(
             f"{folder} must be a whole Orbax checkpoint, got: {reason} Convert the weights again."
         ) from error
-    tensors = dict(flat_tensors(nested))
-    if (count := sum(tensor.size for tensor in tensors.values())) != (
-        expected := record.params + record.frozen_params
-    ):
-        raise CheckpointError(
-            f"{folder} must hold the {expected} values of its {RECORD_NAME}, got {count}. Convert "
-            "the weights again."
-        )
-    return tensors, record
-
-
-def _size_of(folder: pathlib.Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return dict(flat_tensors(nested)), record
 
 
 def orbax_handler() -> Any:

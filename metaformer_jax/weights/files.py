@@ -7,6 +7,8 @@ import os
 import pathlib
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.integrity import crc32c_of_tensors
 
 SAFETENSORS = ".safetensors"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -22,6 +25,14 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What wrappers put before every key: DataParallel, torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
+# What the header of a safetensors file says beside the tensors begins with this where this project
+# wrote it.
+OWN_KEY = "metaformer_jax"
+_CHECKSUM_KEY = f"{OWN_KEY}_crc32c"
+_FOLDER_ATTRIBUTE = 0x10
+_PIECE_BYTES = 1 << 20
+# By which torch tells its two formats apart.
+_ZIP_MAGIC = b"PK\x03\x04"
 # Some 150 bytes describe a tensor, and the largest model has 900 of them.
 _MAX_HEADER_BYTES = 16 << 20
 
@@ -59,6 +70,10 @@ def read_tensors(
 ) -> tuple[dict[str, np.ndarray], str | None]:
     """The tensors of a file by key, and the entry of a training checkpoint that they stood under.
 
+    Damage shows wherever the file has checksums: in the zip files that `torch.save` writes, and in
+    the safetensors files that this project writes. Other safetensors files, and those of torch
+    before 1.6, have none for their data.
+
     Args:
         path: `.safetensors`, or a file that `torch.save` wrote.
         entry: which entry of a training checkpoint to take, by default the first of `ENTRIES`
@@ -77,6 +92,8 @@ def read_tensors(
             )
         with _open_safetensors(path) as file:
             tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+            metadata = dict(file.metadata() or {})
+        _check_tensors(path, tensors, metadata)
     else:
         content = _load_torch(path)
         state_dict, entry = _unwrap(content, entry, path)
@@ -105,14 +122,16 @@ def write_tensors(
     Args:
         path: the file; what is there is replaced.
         tensors: float32 arrays by key.
-        metadata: kept in a safetensors file's header; a PyTorch file holds the tensors alone.
+        metadata: kept in a safetensors file's header, beside the tensors' checksum; a PyTorch file
+            holds the tensors alone.
     """
     if pathlib.Path(path).suffix == SAFETENSORS:
         from safetensors.numpy import save_file
 
         # The writer takes the memory as it stands, whatever the strides are.
         contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
-        save_file(contiguous, path, metadata=dict(metadata))
+        checksum = crc32c_of_tensors(contiguous, metadata)
+        save_file(contiguous, path, metadata={**metadata, _CHECKSUM_KEY: checksum})
     else:
         torch = import_torch()
         torch.save({key: torch.from_numpy(_writable(t)) for key, t in tensors.items()}, path)
@@ -156,8 +175,23 @@ def _open_safetensors(path: pathlib.Path) -> Iterator[Any]:
         ) from error
 
 
+def _check_tensors(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+    if not any(key.startswith(OWN_KEY) for key in metadata):
+        return
+    expected = metadata.pop(_CHECKSUM_KEY, "none")
+    if (checksum := crc32c_of_tensors(tensors, metadata)) != expected:
+        raise CheckpointError(
+            f"The tensors of {path} must have the CRC-32C that stands in its header, {expected}, "
+            f"got {checksum}. It is damaged, or of an earlier version: delete it, and fetch or "
+            "convert it again."
+        )
+
+
 def _load_torch(path: pathlib.Path) -> Any:
     torch = import_torch()
+    _check_zip(path)
     try:
         # Training scripts keep their arguments beside the weights; a namespace runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -178,6 +212,46 @@ def _load_torch(path: pathlib.Path) -> Any:
             f"`path` must be a whole file as torch.save writes it, got {path}{reason}. It is "
             "truncated or no checkpoint: fetch it again."
         ) from error
+
+
+def _check_zip(path: pathlib.Path) -> None:
+    # torch compares none of the checksums that it writes, and would unpack what is compressed.
+    with open(path, "rb") as start:
+        if start.read(4) != _ZIP_MAGIC:
+            return
+    try:
+        with zipfile.ZipFile(path) as file:
+            reason = _foreign_member(file, path.stat().st_size)
+            # Each by its entry, for damage can give two of them one name.
+            for member in file.infolist() if not reason else ():
+                with file.open(member) as content:
+                    while content.read(_PIECE_BYTES):
+                        pass
+    # Whatever the damage meets, each of zipfile's layers has errors of its own.
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
+        reason = str(error) or type(error).__name__
+    if reason:
+        raise CheckpointError(
+            f"`path` must be a whole file as torch.save writes it, got {path}: {reason}. It is "
+            "damaged or made by another program: fetch it again."
+        )
+
+
+def _foreign_member(file: zipfile.ZipFile, num_bytes: int) -> str:
+    """What torch.save would not have written, by the list of members alone."""
+    if len(set(file.namelist())) < len(file.namelist()):
+        return "several members have one name"
+    for member in file.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            return f"{member.filename!r} is compressed"
+        # A folder has no content: torch would leave the tensor's memory as it was.
+        if member.filename.endswith("/") or member.external_attr & _FOLDER_ATTRIBUTE:
+            return f"{member.filename!r} is marked as a folder"
+        if pathlib.PurePosixPath(member.filename).is_absolute() or ".." in member.filename:
+            return f"{member.filename!r} names another place"
+    if sum(member.file_size for member in file.infolist()) > num_bytes:
+        return "its members overlap"
+    return ""
 
 
 def _unwrap(

@@ -1,11 +1,12 @@
-"""Checksums of a folder's files, by which every later change to one of them shows."""
+"""Checksums of a folder's files and of tensors, by which every later change to them shows."""
 
 import json
 import os
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import google_crc32c
+import numpy as np
 
 from metaformer_jax.weights.errors import CheckpointError
 
@@ -61,6 +62,16 @@ def crc32c(path: str | os.PathLike[str]) -> str:
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(_PIECE_BYTES):
             checksum.update(piece)
+    return checksum.hexdigest().decode()
+
+
+def crc32c_of_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """The CRC-32C of names, types, shapes and values, and of what is said beside them."""
+    checksum = google_crc32c.Checksum(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name])
+        checksum.update(f"{name} {tensor.dtype} {tensors[name].shape}\n".encode())
+        checksum.update(tensor.reshape(-1).view(np.uint8))
     return checksum.hexdigest().decode()
 
 
