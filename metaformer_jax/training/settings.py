@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from metaformer_jax.models.stages import REMAT
 from metaformer_jax.training import optim, recipes
 
 
@@ -45,6 +46,7 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     not_negative = (
         "seed",
         "cooldown_epochs",
+        "model.scan",
         "data.num_threads",
         "data.max_bad_fraction",
         "augment.color_jitter",
@@ -89,6 +91,7 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
             )
     choices = {
         "model.dtype": ("float32", "bfloat16"),
+        "model.remat": tuple(REMAT),
         "optimizer.name": optim.OPTIMIZERS,
         "optimizer.schedule": optim.SCHEDULES,
         "optimizer.schedule_by": ("epoch", "step"),
