@@ -41,6 +41,7 @@ class Estimate:
         batch_size: images of a step, on all devices.
         trace_seconds: from Python to the compiler's input.
         compile_seconds: of the compiler.
+        compile_cpu_seconds: of all its threads, which other work on the machine does not change.
         memory: bytes per device; None where the compiler refused, or does not tell.
         memory_limit: bytes of a device that a program can have.
         refusal: the compiler's words where it found no room.
@@ -66,6 +67,7 @@ class Estimate:
     batch_size: int
     trace_seconds: float
     compile_seconds: float
+    compile_cpu_seconds: float
     memory: Memory | None
     memory_limit: int | None
     refusal: str | None
@@ -113,6 +115,7 @@ class _Compiled:
     run: Run
     trace_seconds: float
     compile_seconds: float
+    compile_cpu_seconds: float
     program: jax.stages.Compiled | None
     refusal: str | None
 
@@ -163,7 +166,7 @@ def compile_training(
         compile_batch = _compiler(config, there, sources, name, console)
         mine = batch_per_device or config.batch_size / len(there)
         compiled = compile_batch(mine)
-        estimate = _estimate(name, compiled, assumed)
+        estimate = _estimate(name, compiled, assumed, config)
         if search_largest and len(places) == 1 and estimate.memory_limit:
             largest = _largest(compile_batch, compiled, estimate.memory_limit)
             estimate = dataclasses.replace(estimate, largest_batch=largest)
@@ -216,7 +219,7 @@ def _compile(run: Run) -> _Compiled:
     platform = engine.mesh.devices.flat[0].platform
     traced = engine.train_step.trace(engine.abstract_state, batch)
     lowered = traced.lower(lowering_platforms=(platform,))
-    traced_at = time.monotonic()
+    traced_at, cpu_before = time.monotonic(), time.process_time()
     program, refusal = None, None
     try:
         program = lowered.compile()
@@ -224,10 +227,19 @@ def _compile(run: Run) -> _Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refusal = re.split(r"\.\s|\n", str(error).partition(": ")[2])[0]
-    return _Compiled(run, traced_at - started, time.monotonic() - traced_at, program, refusal)
+    return _Compiled(
+        run,
+        traced_at - started,
+        time.monotonic() - traced_at,
+        time.process_time() - cpu_before,
+        program,
+        refusal,
+    )
 
 
-def _estimate(name: str, compiled: _Compiled, assumed: str) -> Estimate:
+def _estimate(
+    name: str, compiled: _Compiled, assumed: str, config: ml_collections.ConfigDict
+) -> Estimate:
     run, mesh = compiled.run, compiled.run.engine.mesh
     device = mesh.devices.flat[0]
     chip = devices.chip(device.device_kind)
@@ -255,6 +267,7 @@ def _estimate(name: str, compiled: _Compiled, assumed: str) -> Estimate:
         batch_size=run.config.batch_size,
         trace_seconds=compiled.trace_seconds,
         compile_seconds=compiled.compile_seconds,
+        compile_cpu_seconds=compiled.compile_cpu_seconds,
         memory=compiled.memory,
         memory_limit=_memory_limit(device, chip),
         refusal=compiled.refusal,
@@ -270,7 +283,11 @@ def _estimate(name: str, compiled: _Compiled, assumed: str) -> Estimate:
         total_steps=run.total_steps,
         hours=hours,
         largest_batch=None,
-        assumptions=(assumed, *compile_tables.assumptions(chip, program)),
+        assumptions=(
+            assumed,
+            *compile_tables.changes(run.config, config),
+            *compile_tables.assumptions(chip, program),
+        ),
     )
 
 

@@ -36,6 +36,14 @@ def assumptions(chip: devices.Chip | None, program: hlo.Program | None) -> tuple
     return told
 
 
+def changes(
+    compiled: ml_collections.ConfigDict, given: ml_collections.ConfigDict
+) -> tuple[str, ...]:
+    """What was changed in a config to compile another batch."""
+    group, before = compiled.mixing.group_size, given.mixing.group_size
+    return (f"mixing.group_size {group} in place of {before}",) if group != before else ()
+
+
 def one(estimate: Estimate, config: ml_collections.ConfigDict) -> Table:
     """All of one compilation."""
     name = config.model.name or config.model.family
@@ -107,7 +115,8 @@ def _rows(estimate: Estimate, config: ml_collections.ConfigDict) -> Iterator[tup
     yield "step", f"{config.optimizer.name}, {config.model.dtype}{remat}{scan}"
     yield (
         "compiled",
-        f"{estimate.compile_seconds:.1f} s, after {estimate.trace_seconds:.1f} s of tracing",
+        f"{estimate.compile_seconds:.1f} s ({estimate.compile_cpu_seconds:.1f} s of all cores "
+        f"together), after {estimate.trace_seconds:.1f} s of tracing",
     )
     yield "memory of a device", _memory(estimate)
     if estimate.memory is not None:

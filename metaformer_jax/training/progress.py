@@ -179,7 +179,7 @@ def elapsing(
             elapsed = time.monotonic() - started
             console.print(f"{what}: {elapsed:.0f} s so far", highlight=False, soft_wrap=True)
 
-    teller = threading.Thread(target=tell, daemon=True)
+    teller = threading.Thread(target=tell, name="tell", daemon=True)
     teller.start()
     try:
         yield
