@@ -1,4 +1,4 @@
-"""Trains or evaluates what a config describes.
+"""Trains or evaluates what a config describes, or compiles it for devices that are not there.
 
     python -m metaformer_jax.main --config=configs/digits.py --workdir=runs/digits
 
@@ -33,10 +33,31 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "preview"],
-    "Train; evaluate; or draw the first training batch, mixed and erased, into --output.",
+    ["train", "eval", "preview", "compile"],
+    "Train; evaluate; draw the first training batch, mixed and erased, into --output; or compile "
+    "the training step, without devices or data, and tell what it takes.",
 )
-_OUTPUT = flags.DEFINE_string("output", "batch.png", "The picture of --mode=preview.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "The picture of --mode=preview (batch.png), or the JSON of --mode=compile."
+)
+_TOPOLOGY = flags.DEFINE_list(
+    "topology",
+    None,
+    "With --mode=compile: a TPU slice, v5e:4x4, or several for a table of how the step scales. "
+    "Left out, the devices of this machine.",
+)
+_BATCH_PER_DEVICE = flags.DEFINE_integer(
+    "batch_per_device", None, "With --mode=compile: in place of config.batch_size.", lower_bound=1
+)
+_LARGEST_BATCH = flags.DEFINE_bool(
+    "largest_batch", True, "With --mode=compile: compile once or twice more, to find it."
+)
+_COMPILATION_CACHE = flags.DEFINE_bool(
+    "compilation_cache",
+    True,
+    "Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, or in compiled/ of the folder that "
+    "weights are cached in.",
+)
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
     "accept_config_changes", False, "Continue a run though its config was another."
 )
@@ -107,12 +128,23 @@ def main(argv: list[str]) -> None:
     import jax
 
     from metaformer_jax.data.loader import DataError
-    from metaformer_jax.training import distributed, evaluation, train
+    from metaformer_jax.training import compile, distributed, evaluation, train
     from metaformer_jax.training.checkpoint import SaveError
+    from metaformer_jax.training.compilation_cache import keep_compiled_programs
     from metaformer_jax.weights import DownloadError
 
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+    keep_compiled_programs(enabled=_COMPILATION_CACHE.value and not _TOPOLOGY.value)
     try:
+        if _MODE.value == "compile":
+            compile.compile_training(
+                _CONFIG.value,
+                topologies=_TOPOLOGY.value or (),
+                batch_per_device=_BATCH_PER_DEVICE.value,
+                search_largest=_LARGEST_BATCH.value,
+                output=pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None,
+            )
+            return
         distributed.initialize(
             _COORDINATOR_ADDRESS.value,
             _NUM_PROCESSES.value,
@@ -122,7 +154,7 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "eval":
             evaluation.evaluate(_CONFIG.value, workdir)
         elif _MODE.value == "preview":
-            train.preview(_CONFIG.value, pathlib.Path(_OUTPUT.value))
+            train.preview(_CONFIG.value, pathlib.Path(_OUTPUT.value or "batch.png"))
         elif workdir is None:
             _exit_with("`--workdir` must be given to train.", USAGE_ERROR)
         else:

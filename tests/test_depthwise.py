@@ -29,12 +29,32 @@ def _plain(x, kernel):
 
 
 @pytest.mark.parametrize(("x_shape", "kernel_shape"), SHAPES)
-@pytest.mark.parametrize("lowering", ["depthwise_conv2d", "_shifted", "_grouped"])
+@pytest.mark.parametrize("lowering", ["depthwise_conv2d", "_shifted", "_grouped", "_banded"])
 def test_every_lowering_is_the_definition(lowering, x_shape, kernel_shape):
     x, kernel, _ = _arrays(x_shape, kernel_shape)
     actual = getattr(depthwise, lowering)(x, kernel)
     expected = _plain(np.asarray(x, np.float64), np.asarray(kernel, np.float64))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "kernel_shape", "rows"),
+    [
+        ((128, 9, 9, 2), (7, 7, 2), 3),
+        ((128, 5, 70, 2), (7, 3, 2), 1),
+        ((128, 4, 3, 2), (7, 7, 2), 4),
+        ((128, 1, 1, 2), (3, 3, 2), 1),
+    ],
+)
+def test_banded_matrices_are_the_definition(x_shape, kernel_shape, rows):
+    x, kernel, _ = _arrays(x_shape, kernel_shape)
+    actual = depthwise._banded(x, kernel)
+    expected = _plain(np.asarray(x, np.float64), np.asarray(kernel, np.float64))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    # So many rows of the image side by side: it is the banded form that runs.
+    jaxpr = str(jax.make_jaxpr(depthwise._banded)(x, kernel))
+    b, h, w, c = x_shape
+    assert f"f32[{b},{h // rows},{c * rows * w}]" in jaxpr
 
 
 @pytest.mark.parametrize(("x_shape", "kernel_shape"), SHAPES)

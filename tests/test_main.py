@@ -34,7 +34,7 @@ def _main(*arguments):
         ([DIGITS, "--config.lerning=3"], "Did you mean optimizer.learning_rate?"),
         ([DIGITS, "--config.epochs=many"], "could not convert string to float: 'many'"),
         ([DIGITS, "--config.model.drop_path_rate=-1"], "`drop_path_rate` must be in [0, 1)"),
-        ([DIGITS, "--mode=trian"], "<train|eval|preview>"),
+        ([DIGITS, "--mode=trian"], "<train|eval|preview|compile>"),
         ([DIGITS, "again"], "Arguments must be --flags, got again"),
         ([], "--config must have a value"),
     ],

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 import types
 
 import jax
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from metaformer_jax.training import devices, progress
 from metaformer_jax.training.metrics import MetricWriter, read_metrics
-from metaformer_jax.training.progress import TrainingProgress, evaluation_progress
+from metaformer_jax.training.progress import TrainingProgress, elapsing, evaluation_progress
 
 
 class Clock:
@@ -142,3 +143,39 @@ def test_without_its_package_weights_and_biases_is_refused(tmp_path, monkeypatch
     with pytest.raises(ImportError, match="wandb is not installed: pip install wandb"):
         MetricWriter(tmp_path, wandb_project="birds")
     assert read_metrics(tmp_path) == []
+
+
+def test_work_that_does_not_tell_how_far_it_is_gives_signs_of_life():
+    told = threading.Event()
+
+    class Output(io.StringIO):
+        def write(self, text):
+            if "so far" in text:
+                told.set()
+            return super().write(text)
+
+    output = Output()
+    with elapsing(Console(file=output, width=200), "compiling", seconds_per_line=0.001):
+        assert told.wait(60)
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "compiling ..."
+    assert lines[1] == "compiling: 0 s so far"
+    # Nobody is left to tell more.
+    assert len(output.getvalue().splitlines()) == len(lines)
+    assert "tell" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_on_a_terminal_a_clock_runs_and_goes():
+    output = io.StringIO()
+    with elapsing(Console(file=output, width=80, force_terminal=True), "compiling"):
+        pass
+    assert "compiling ..." in output.getvalue()
+    assert "0:00:0" in output.getvalue()
+
+
+def test_what_fails_within_is_not_hidden():
+    with (
+        pytest.raises(ValueError, match="no room"),
+        elapsing(Console(file=io.StringIO()), "compiling"),
+    ):
+        raise ValueError("no room")

@@ -25,7 +25,8 @@ CHANGES = {
     "model.drop_path_rate": 0.1,
     "model.head_dropout": 0.1,
     "model.dtype": "bfloat16",
-    "model.remat": True,
+    "model.remat": "block",
+    "model.scan": 1,
     "data.image_size": 40,
     "data.mean": (0.4,),
     "data.std": (0.4,),
@@ -123,7 +124,13 @@ def _fingerprint(config):
         "steps": [run.total_steps, run.steps_per_epoch, run.eval_batch_size],
         "rates": np.asarray([run.schedule(step) for step in range(run.total_steps)]).tolist(),
         "updates": [float(leaf.sum()) for leaf in jax.tree.leaves(updates)],
-        "model": [str(model.dtype), model.remat, model.image_size, str(model.head.dropout)],
+        "model": [
+            str(model.dtype),
+            model.remat,
+            model.scan,
+            model.image_size,
+            str(model.head.dropout),
+        ],
         "blocks": [
             [type(block.token_mixer).__name__, str(getattr(block.drop_path1, "rate", None))]
             for block in blocks

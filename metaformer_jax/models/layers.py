@@ -7,11 +7,14 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Key
 
 from metaformer_jax.models.normalization import LayerNorm
 
 _BLOCK = 2**16
+# What tensors are called for `models.stages.REMAT`: what takes a matrix product to compute again.
+PRODUCT = "product"
 
 
 @functools.partial(jax.jit, static_argnames="num_blocks")
@@ -101,7 +104,7 @@ def linear(dim: int, out_dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) 
 
 def _dot_general(x: Array, kernel: Array, dimension_numbers: Any, **_: Any) -> Array:
     del dimension_numbers
-    return _matmul(x, kernel)
+    return checkpoint_name(_matmul(x, kernel), PRODUCT)
 
 
 @jax.custom_vjp
@@ -162,28 +165,46 @@ class ImageKeys:
 
     Args:
         keys: one for each image.
+        num_draws: how often they were drawn from before.
     """
 
-    def __init__(self, keys: Key[Array, " b"]):
-        self._keys = keys
-        self._num_draws = 0
+    def __init__(self, keys: Key[Array, " b"], *, num_draws: int | Int[Array, ""] = 0):
+        self.keys = keys
+        self.num_draws = num_draws
 
     def __call__(self) -> Key[Array, " b"]:
         """The keys of the next layer."""
-        self._num_draws += 1
-        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(self._keys, self._num_draws)
+        self.num_draws += 1
+        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, self.num_draws)
 
 
 class Dropout(nnx.Dropout):
-    """Flax's dropout, which also takes `ImageKeys`."""
+    """Flax's dropout, which also takes `ImageKeys`.
+
+    Attributes:
+        keep_prob: in place of `1 - rate`, where that is a number known only as the program runs.
+    """
+
+    keep_prob: Float[Array, ""] | None = None
 
     def __call__(
         self, inputs: Float[Array, "b *c"], *, deterministic: bool | None = None, rngs: Any = None
     ) -> Float[Array, "b *c"]:
-        drop = functools.partial(super().__call__, deterministic=deterministic)
         if not isinstance(rngs, ImageKeys):
-            return drop(inputs, rngs=rngs)
+            return super().__call__(inputs, deterministic=deterministic, rngs=rngs)
+        drop = functools.partial(super().__call__, deterministic=deterministic)
+        is_active = not (self.deterministic if deterministic is None else deterministic)
+        if is_active and self.keep_prob is not None:
+            drop = functools.partial(self._drop, self.keep_prob)
         return jax.vmap(lambda image, key: drop(image[None], rngs=key)[0])(inputs, rngs())
+
+    def _drop(self, keep_prob: Array, inputs: Array, *, rngs: Array) -> Array:
+        # What Flax does, for a rate that need not be a Python number.
+        shape = [
+            1 if axis in self.broadcast_dims else size for axis, size in enumerate(inputs.shape)
+        ]
+        mask = jax.random.bernoulli(rngs, keep_prob, shape)
+        return jnp.where(mask, inputs / keep_prob.astype(inputs.dtype), 0)
 
 
 class DropPath(Dropout):

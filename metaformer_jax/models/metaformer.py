@@ -1,7 +1,6 @@
 """MetaFormer: a specification, the block, and the model (section 2 of the publication)."""
 
 import dataclasses
-import functools
 import itertools
 from typing import Any
 
@@ -23,6 +22,7 @@ from metaformer_jax.models.layers import (
     layer_norm,
 )
 from metaformer_jax.models.mixers import TokenMixerFn
+from metaformer_jax.models.stages import remat_name, run_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,8 +155,19 @@ class MetaFormerBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b h w c"]:
+        return self.transform_channels(self.mix_tokens(x, rngs=rngs), rngs=rngs)
+
+    def mix_tokens(
+        self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
+    ) -> Float[Array, "b h w c"]:
+        """The first half, with the token mixer."""
         branch = self.token_mixer(self.norm1(x))
-        x = _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
+        return _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
+
+    def transform_channels(
+        self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
+    ) -> Float[Array, "b h w c"]:
+        """The second half, with the MLP."""
         branch = self.mlp(self.norm2(x))
         return _add_branch(x, branch, self.drop_path2, self.res_scale2, rngs)
 
@@ -198,8 +209,10 @@ class MetaFormer(nnx.Module):
         head_dropout: dropout in the head.
         dtype: compute dtype of stem and stages. Parameters, the statistics of norms, softmax and
             the head are float32 always.
-        remat: the backward pass computes each block anew from its input, in place of keeping what
-            is inside: less memory, more time, the same numbers.
+        remat: what of each block the backward pass computes anew in place of keeping it, one of
+            `stages.REMAT`: less memory, more time, the same numbers. True means "block".
+        scan: blocks in each round of a loop over those of a stage, which compiles sooner and runs
+            slower; 0 writes all blocks out. The parameters are the same.
         rngs: initial values (`params`) and, where a rate is positive, masks (`dropout`).
 
     Raises:
@@ -216,9 +229,12 @@ class MetaFormer(nnx.Module):
         drop_path_rate: float = 0.0,
         head_dropout: float = 0.0,
         dtype: Any = jnp.float32,
-        remat: bool = False,
+        remat: str | bool = "none",
+        scan: int = 0,
         rngs: nnx.Rngs,
     ):
+        remat_name(remat)
+        _check_at_least("scan", scan, 0)
         _check_at_least("num_classes", num_classes, 0)
         _check_at_least("in_channels", in_channels, 1)
         _check_rate("drop_path_rate", drop_path_rate)
@@ -237,6 +253,7 @@ class MetaFormer(nnx.Module):
         self.image_size = _as_pair(image_size)
         self.dtype = dtype
         self.remat = remat
+        self.scan = scan
         self.downsample_layers: nnx.List[Downsampling] = nnx.List([])
         self.stages: nnx.List[nnx.List[MetaFormerBlock]] = nnx.List([])
         drop_path_rates = iter(np.linspace(0, drop_path_rate, sum(spec.depths)).tolist())
@@ -286,15 +303,14 @@ class MetaFormer(nnx.Module):
         """
         self._check_images(images)
         x = jnp.asarray(images, self.dtype)
-        if self.remat and isinstance(rngs, nnx.Rngs):
+        remat = remat_name(self.remat)
+        if (remat != "none" or self.scan) and isinstance(rngs, nnx.Rngs):
             # Flax's streams count in a variable, which cannot change inside.
             rngs = ImageKeys(jax.random.split(rngs.dropout(), len(images)))
         outputs = []
         for downsample, blocks in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
-            for block in blocks:
-                run = functools.partial(block, rngs=rngs)
-                x = jax.checkpoint(run)(x) if self.remat else run(x)
+            x = run_blocks(blocks, x, rngs=rngs, remat=remat, scan=self.scan)
             outputs.append(x)
         return tuple(outputs)
 

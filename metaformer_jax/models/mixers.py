@@ -5,11 +5,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.attention import dot_product_attention
 from metaformer_jax.models.depthwise import depthwise_conv2d
-from metaformer_jax.models.layers import Frozen, StarReLU, kernel_init, linear
+from metaformer_jax.models.layers import PRODUCT, Frozen, StarReLU, kernel_init, linear
 
 
 class TokenMixerFn(Protocol):
@@ -136,7 +137,7 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         kernel = jnp.asarray(self.kernel[...], self.dtype)
-        return depthwise_conv2d(jnp.asarray(x, self.dtype), kernel)
+        return checkpoint_name(depthwise_conv2d(jnp.asarray(x, self.dtype), kernel), PRODUCT)
 
 
 class Attention(nnx.Module):
@@ -165,5 +166,5 @@ class Attention(nnx.Module):
             third.reshape(b, h * w, self.num_heads, self.head_dim)
             for third in jnp.split(self.qkv(x), 3, axis=-1)
         )
-        mixed = dot_product_attention(query, key, value)
+        mixed = checkpoint_name(dot_product_attention(query, key, value), PRODUCT)
         return self.proj(mixed.reshape(b, h, w, self.num_heads * self.head_dim))

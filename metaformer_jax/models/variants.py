@@ -290,7 +290,8 @@ def create_model(
     drop_path_rate: float = 0.0,
     head_dropout: float = 0.0,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str | bool = "none",
+    scan: int = 0,
     rngs: nnx.Rngs,
 ) -> MetaFormer:
     """Builds a published model with random weights.
@@ -305,6 +306,7 @@ def create_model(
         head_dropout: dropout in the head.
         dtype: compute dtype; parameters are float32 always.
         remat: trade time for memory in the backward pass, see `MetaFormer`.
+        scan: trade time for a shorter compilation, see `MetaFormer`.
         rngs: randomness of the initial values and of the two rates.
 
     Raises:
@@ -320,5 +322,6 @@ def create_model(
         head_dropout=head_dropout,
         dtype=dtype,
         remat=remat,
+        scan=scan,
         rngs=rngs,
     )

@@ -1,5 +1,7 @@
 """What is known of accelerators by name."""
 
+import dataclasses
+
 import jax
 
 # Peak bfloat16 FLOP/s of one device (dense), from the makers' data sheets.
@@ -20,6 +22,34 @@ _PEAK_FLOPS = {
 _FLOPS_PER_MAC = 2 * 3
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What an estimate for a TPU needs.
+
+    Attributes:
+        hbm_bytes: what the compiler lets a program have (libtpu 0.0.42.1, as its errors say): the
+            data sheet's 32, 16, 95 and 32 GiB but for a part.
+        clock_hz: of the cores. v4: Jouppi et al. 2023 (https://arxiv.org/abs/2304.01433), table 4;
+            v5e: https://jax-ml.github.io/scaling-book/tpus. v5p and v6e are not published: it is
+            what makes the peak of 8 matrix units of 128x128, or of 4 x 256x256 multiply-adds in a
+            cycle, which is what the compiler's estimates come to.
+        ici_bytes_per_second: sent over all links to other chips together: half of what
+            https://cloud.google.com/tpu/docs gives for both directions.
+    """
+
+    hbm_bytes: int
+    clock_hz: float
+    ici_bytes_per_second: float
+
+
+_CHIPS = {
+    "TPU v4": Chip(hbm_bytes=int(30.75 * 2**30), clock_hz=1.05e9, ici_bytes_per_second=300e9),
+    "TPU v5 lite": Chip(hbm_bytes=int(15.75 * 2**30), clock_hz=1.5e9, ici_bytes_per_second=200e9),
+    "TPU v5": Chip(hbm_bytes=int(95.74 * 2**30), clock_hz=1.75e9, ici_bytes_per_second=600e9),
+    "TPU v6 lite": Chip(hbm_bytes=int(31.25 * 2**30), clock_hz=1.75e9, ici_bytes_per_second=400e9),
+}
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Of one device, by the name that JAX gives it; None where it is not known.
 
@@ -28,6 +58,15 @@ def peak_flops(device_kind: str) -> float | None:
     """
     matching = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
     return _PEAK_FLOPS[max(matching, key=len)] if matching else None
+
+
+def chip(device_kind: str) -> Chip | None:
+    """Facts of a TPU, by the name that JAX gives it; None of all else.
+
+    >>> chip("TPU v5 lite").clock_hz
+    1500000000.0
+    """
+    return _CHIPS.get(device_kind)
 
 
 def model_flops_utilization(images_per_second: float, macs_per_image: int) -> float | None:

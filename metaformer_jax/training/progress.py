@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Self
@@ -12,6 +13,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -19,6 +21,8 @@ from metaformer_jax.training.devices import model_flops_utilization
 
 # Without a terminal a line is printed this often, in seconds, so that logs stay short.
 _SECONDS_PER_LINE = 10.0
+# Of work that does not tell how far it is.
+_SECONDS_PER_SIGN_OF_LIFE = 30.0
 
 
 class TrainingProgress:
@@ -149,6 +153,39 @@ def evaluation_progress(console: Console | None, num_batches: int) -> Iterator[C
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=num_batches)
         yield lambda: bar.advance(task)
+
+
+@contextlib.contextmanager
+def elapsing(
+    console: Console, what: str, *, seconds_per_line: float = _SECONDS_PER_SIGN_OF_LIFE
+) -> Iterator[None]:
+    """Says that something is going on, and while it does for how long: on a terminal all the time.
+
+    Args:
+        console: where it is shown.
+        what: in words, "compiling the training step".
+        seconds_per_line: elsewhere than on a terminal, how often a line is printed.
+    """
+    console.print(f"{what} ...", highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        with Progress(TimeElapsedColumn(), console=console, transient=True) as clock:
+            clock.add_task("")
+            yield
+        return
+    done, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(seconds_per_line):
+            elapsed = time.monotonic() - started
+            console.print(f"{what}: {elapsed:.0f} s so far", highlight=False, soft_wrap=True)
+
+    teller = threading.Thread(target=tell, name="tell", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 def _rounded(speed: float) -> str:

@@ -113,8 +113,12 @@ def base_config() -> ml_collections.ConfigDict:
     config.model.head_dropout = 0.0
     # "float32" or "bfloat16": the compute dtype; parameters are float32.
     config.model.dtype = "float32"
-    # Blocks are computed again in the backward pass: less memory, more time, the same numbers.
-    config.model.remat = False
+    # What of each block the backward pass computes again in place of keeping it, for less memory
+    # and more time: "none", "elementwise", "products" or "block" (see `models.stages.REMAT`).
+    config.model.remat = "none"
+    # Blocks in each round of a loop over those of a stage, which compiles sooner and runs slower;
+    # 0 writes all blocks out.
+    config.model.scan = 0
     # Weights to start from (and to evaluate without a workdir): "published" for those of this
     # name, another published name, or the path of a converted folder, another run's workdir or a
     # checkpoint file.

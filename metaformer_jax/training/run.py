@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +35,30 @@ class Run:
     Args:
         config: all fields of `recipes.base_config()`.
         trains: False to evaluate only: then no training data need be there.
+        devices: that the run is for; None takes those present.
+        sources: of training and of evaluation, in place of what the config names.
 
     Raises:
         ValueError: a field is unknown, missing or out of range, or fields contradict each other.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, *, trains: bool = True):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        *,
+        trains: bool = True,
+        devices: Sequence[jax.Device] | None = None,
+        sources: tuple[Source, Source] | None = None,
+    ):
         settings.check_fields(config)
         self.config = config
         data = config.data
-        if trains:
-            self.train_source = _open_source(data, "train")
-        self.eval_source = _open_source(data, "eval")
+        if sources is not None:
+            self.train_source, self.eval_source = sources
+        else:
+            if trains:
+                self.train_source = _open_source(data, "train")
+            self.eval_source = _open_source(data, "eval")
         self.class_names = self.eval_source.class_names
         channels = self.eval_source.channels
         for field in ("mean", "std"):
@@ -57,7 +69,7 @@ class Run:
                 )
         self.train_transform, self.eval_transform = _host_transforms(config, channels)
         self.workers = _workers(data)
-        mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
         device_transform = _device_transform(config, len(self.class_names))
         self.steps_per_epoch = 1.0
         if trains:
@@ -279,6 +291,7 @@ def _model_builder(
         "head_dropout": config.model.head_dropout,
         "dtype": jnp.dtype(config.model.dtype),
         "remat": config.model.remat,
+        "scan": config.model.scan,
     }
     if bool(config.model.name) == bool(config.model.family):
         raise ValueError(

@@ -1,6 +1,6 @@
 """The mesh, and where on it batches and parameters live."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,17 +12,20 @@ AXES = ("data", "fsdp")
 BATCH, EVERYWHERE = PartitionSpec(AXES), PartitionSpec()
 
 
-def create_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+def create_mesh(
+    *, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh of all devices: `data` copies of the parameters, each split over `fsdp` devices.
 
     Args:
         data: devices along the axis; -1 takes all that `fsdp` leaves.
         fsdp: devices that share one copy of parameters and optimiser state.
+        devices: which; None takes those present.
 
     Raises:
         ValueError: the axes do not multiply to the number of devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     shape = (len(devices) // fsdp if data == -1 and fsdp > 0 else data, fsdp)
     if min(shape) < 1 or shape[0] * shape[1] != len(devices):
         raise ValueError(

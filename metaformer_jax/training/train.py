@@ -30,7 +30,7 @@ from metaformer_jax.training.guard import Guard
 from metaformer_jax.training.metrics import MetricWriter, PendingMetrics, read_metrics
 from metaformer_jax.training.pictures import batch_figure, draw_curves, save, to_array
 from metaformer_jax.training.preemption import PreemptedError, Preemption
-from metaformer_jax.training.progress import TrainingProgress
+from metaformer_jax.training.progress import TrainingProgress, elapsing
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.convert import Variables
@@ -220,9 +220,9 @@ class _Training:
         return evaluation
 
     def _compiled(self, state: TrainState, batch: dict[str, jax.Array]) -> Step:
-        self.console.print("compiling the training step ...")
         started = time.monotonic()
-        compiled = self._run.engine.train_step.lower(state, batch).compile()
+        with elapsing(self.console, "compiling the training step"):
+            compiled = self._run.engine.train_step.lower(state, batch).compile()
         text = f"compiled in {time.monotonic() - started:.0f} s"
         memory = compiled.memory_analysis()
         if memory is not None:

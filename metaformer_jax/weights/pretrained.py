@@ -33,7 +33,8 @@ def create_model(
     drop_path_rate: float = 0.0,
     head_dropout: float = 0.0,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str | bool = "none",
+    scan: int = 0,
     rngs: nnx.Rngs,
 ) -> MetaFormer:
     """Builds a published model, with random weights or with trained ones.
@@ -55,6 +56,7 @@ def create_model(
         head_dropout: dropout in the head.
         dtype: compute dtype; parameters are float32 always.
         remat: trade time for memory in the backward pass, see `MetaFormer`.
+        scan: trade time for a shorter compilation, see `MetaFormer`.
         rngs: randomness of the initial values and of the two rates.
 
     Raises:
@@ -64,7 +66,7 @@ def create_model(
         weights.DownloadError: the published weights could not be fetched.
     """
     settings: dict[str, Any] = {"image_size": image_size, "drop_path_rate": drop_path_rate}
-    settings |= {"head_dropout": head_dropout, "dtype": dtype, "remat": remat}
+    settings |= {"head_dropout": head_dropout, "dtype": dtype, "remat": remat, "scan": scan}
     if pretrained is False:
         return models.create_model(
             name, num_classes=num_classes, in_channels=in_channels, rngs=rngs, **settings

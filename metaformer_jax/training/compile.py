@@ -1,0 +1,313 @@
+"""Compiles a config's training step for devices that need not be there, and tells what it takes."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from rich.console import Console
+
+from metaformer_jax import models
+from metaformer_jax.data.sources import Source
+from metaformer_jax.training import compile_tables, devices, hlo, sharding
+from metaformer_jax.training.described import described_sources
+from metaformer_jax.training.memory import Memory, largest_that_fits, memory_of
+from metaformer_jax.training.progress import elapsing
+from metaformer_jax.training.run import Run
+from metaformer_jax.training.topology import topology_devices
+
+# Batches are searched in steps of so many images on a device.
+_STEP = 8
+# Forward, and gradients of inputs and parameters; a multiply-add is two.
+_FLOPS_PER_MAC = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one compilation tells; per device where it says so, None where it is not known.
+
+    Attributes:
+        topology: "v5e:4x4", or "this machine".
+        device_kind: as JAX names it.
+        num_devices: of the mesh.
+        mesh: devices along each axis.
+        batch_size: images of a step, on all devices.
+        trace_seconds: from Python to the compiler's input.
+        compile_seconds: of the compiler.
+        compile_cpu_seconds: of all its threads, which other work on the machine does not change.
+        memory: bytes per device; None where the compiler refused, or does not tell.
+        memory_limit: bytes of a device that a program can have.
+        refusal: the compiler's words where it found no room.
+        flops: of a device and step, as the compiler counts them.
+        model_flops: of a device and step, from the model's multiply-adds, nothing counted twice.
+        collectives: what crosses devices in a step.
+        cycles: the compiler's estimate for a step on one device.
+        num_unknown_loops: loops of which one round is in `cycles`.
+        step_seconds: `cycles` by the clock, and the bytes sent by the links' bandwidth after it.
+        collective_seconds: the latter part.
+        images_per_second: of all devices.
+        utilization: `model_flops` in that time, of the peak.
+        total_steps: of the whole run.
+        hours: for all of them.
+        largest_batch: the most images on a device that fit, by `memory`'s model.
+        assumptions: what was taken for granted.
+    """
+
+    topology: str
+    device_kind: str
+    num_devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    trace_seconds: float
+    compile_seconds: float
+    compile_cpu_seconds: float
+    memory: Memory | None
+    memory_limit: int | None
+    refusal: str | None
+    flops: float | None
+    model_flops: float
+    collectives: tuple[hlo.Collective, ...]
+    cycles: int | None
+    num_unknown_loops: int
+    step_seconds: float | None
+    collective_seconds: float | None
+    images_per_second: float | None
+    utilization: float | None
+    total_steps: int
+    hours: float | None
+    largest_batch: int | None
+    assumptions: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device has the memory."""
+        if self.refusal is not None:
+            return False
+        if self.memory is None or self.memory_limit is None:
+            return None
+        return self.memory.total <= self.memory_limit
+
+    @property
+    def sent_bytes(self) -> float:
+        """What a device sends in a step, at the least."""
+        return sum(collective.sent_bytes for collective in self.collectives)
+
+    def as_json(self) -> dict[str, object]:
+        """All fields, and what follows from them."""
+        return dataclasses.asdict(self) | {
+            "fits": self.fits,
+            "memory_total": self.memory.total if self.memory else None,
+            "sent_bytes": self.sent_bytes,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """One compilation: the program's text and figures, or why there is none."""
+
+    run: Run
+    trace_seconds: float
+    compile_seconds: float
+    compile_cpu_seconds: float
+    program: jax.stages.Compiled | None
+    refusal: str | None
+
+    @property
+    def memory(self) -> Memory | None:
+        return memory_of(self.program) if self.program is not None else None
+
+
+def compile_training(
+    config: ml_collections.ConfigDict,
+    *,
+    topologies: Sequence[str] = (),
+    batch_per_device: int | None = None,
+    search_largest: bool = True,
+    output: pathlib.Path | None = None,
+    console: Console | None = None,
+) -> list[Estimate]:
+    """Compiles the training step and prints what it takes: memory, time, what crosses devices.
+
+    Neither the devices nor the data need be there; a data set that cannot be opened is assumed.
+
+    Args:
+        config: what would be trained.
+        topologies: TPU slices, `"v5e:4x4"`; none means the devices of this machine. Several give a
+            table of how the step scales.
+        batch_per_device: images on each device, in place of the config's batch.
+        search_largest: compiles once or twice more, to tell the largest batch that fits. Not done
+            for several topologies.
+        output: a JSON file for all figures.
+        console: where it is told.
+
+    Returns:
+        What was found, for each topology.
+
+    Raises:
+        ValueError: the config is wrong, or there is no such topology.
+        ImportError: TPUs' compiler is not installed.
+        OSError: the output cannot be written.
+    """
+    console = console or Console()
+    # All names are looked at before the first is compiled, which takes minutes.
+    places: list[tuple[str, list[jax.Device]]] = [
+        (name, topology_devices(name)) for name in topologies
+    ] or [("this machine", jax.devices())]
+    sources, assumed = described_sources(config)
+    estimates = []
+    for name, there in places:
+        compile_batch = _compiler(config, there, sources, name, console)
+        mine = batch_per_device or config.batch_size / len(there)
+        compiled = compile_batch(mine)
+        estimate = _estimate(name, compiled, assumed, config)
+        if search_largest and len(places) == 1 and estimate.memory_limit:
+            largest = _largest(compile_batch, compiled, estimate.memory_limit)
+            estimate = dataclasses.replace(estimate, largest_batch=largest)
+        estimates.append(estimate)
+        console.print(compile_tables.one(estimate, config))
+    if len(estimates) > 1:
+        console.print(compile_tables.scaling(estimates))
+    if output is not None:
+        output.write_text(json.dumps([one.as_json() for one in estimates], indent=2) + "\n")
+        console.print(f"figures: {output}", highlight=False, soft_wrap=True)
+    return estimates
+
+
+def _compiler(
+    config: ml_collections.ConfigDict,
+    there: Sequence[jax.Device],
+    sources: tuple[Source, Source],
+    name: str,
+    console: Console,
+) -> Callable[[float], _Compiled]:
+    """What compiles the step for a number of images on each device."""
+    num_devices = len(there)
+
+    def compile_batch(batch_per_device: float) -> _Compiled:
+        changed = config.copy_and_resolve_references()
+        # A batch that does not divide is refused by the run, in its words.
+        changed.batch_size = round(batch_per_device * num_devices)
+        if batch_per_device != config.batch_size / num_devices:
+            group = math.gcd(config.mixing.group_size, round(batch_per_device))
+            changed.mixing.group_size = group
+        run = Run(changed, devices=there, sources=sources)
+        what = f"compiling {changed.batch_size:,} images for {num_devices} devices, {name}"
+        with elapsing(console, what):
+            return _compile(run)
+
+    return compile_batch
+
+
+def _compile(run: Run) -> _Compiled:
+    engine, config = run.engine, run.config
+    size, channels = config.data.image_size, run.eval_source.channels
+    place = sharding.over_batch(engine.mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct(
+            (config.batch_size, size, size, channels), jnp.uint8, sharding=place
+        ),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=place),
+    }
+    started = time.monotonic()
+    platform = engine.mesh.devices.flat[0].platform
+    traced = engine.train_step.trace(engine.abstract_state, batch)
+    lowered = traced.lower(lowering_platforms=(platform,))
+    traced_at, cpu_before = time.monotonic(), time.process_time()
+    program, refusal = None, None
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = re.split(r"\.\s|\n", str(error).partition(": ")[2])[0]
+    return _Compiled(
+        run,
+        traced_at - started,
+        time.monotonic() - traced_at,
+        time.process_time() - cpu_before,
+        program,
+        refusal,
+    )
+
+
+def _estimate(
+    name: str, compiled: _Compiled, assumed: str, config: ml_collections.ConfigDict
+) -> Estimate:
+    run, mesh = compiled.run, compiled.run.engine.mesh
+    device = mesh.devices.flat[0]
+    chip = devices.chip(device.device_kind)
+    batch_per_device = run.config.batch_size / mesh.size
+    macs = models.count(lambda: run.engine.build(nnx.Rngs(0))).macs
+    model_flops = macs * _FLOPS_PER_MAC * batch_per_device
+    program, flops = None, None
+    if compiled.program is not None:
+        program = hlo.read_program(compiled.program.as_text() or "", num_devices=mesh.size)
+        flops = (compiled.program.cost_analysis() or {}).get("flops")
+    collectives = program.collectives if program else ()
+    step_seconds = sending = images_per_second = utilization = hours = None
+    if program and program.cycles and chip:
+        sending = sum(one.sent_bytes for one in collectives) / chip.ici_bytes_per_second
+        step_seconds = program.cycles / chip.clock_hz + sending
+        images_per_second = run.config.batch_size / step_seconds
+        hours = run.total_steps * step_seconds / 3600
+        if peak := devices.peak_flops(device.device_kind):
+            utilization = model_flops / step_seconds / peak
+    return Estimate(
+        topology=name,
+        device_kind=device.device_kind,
+        num_devices=mesh.size,
+        mesh=dict(mesh.shape),
+        batch_size=run.config.batch_size,
+        trace_seconds=compiled.trace_seconds,
+        compile_seconds=compiled.compile_seconds,
+        compile_cpu_seconds=compiled.compile_cpu_seconds,
+        memory=compiled.memory,
+        memory_limit=_memory_limit(device, chip),
+        refusal=compiled.refusal,
+        flops=flops,
+        model_flops=model_flops,
+        collectives=collectives,
+        cycles=program.cycles if program else None,
+        num_unknown_loops=program.num_unknown_loops if program else 0,
+        step_seconds=step_seconds,
+        collective_seconds=sending,
+        images_per_second=images_per_second,
+        utilization=utilization,
+        total_steps=run.total_steps,
+        hours=hours,
+        largest_batch=None,
+        assumptions=(
+            assumed,
+            *compile_tables.changes(run.config, config),
+            *compile_tables.assumptions(chip, program),
+        ),
+    )
+
+
+def _memory_limit(device: jax.Device, chip: devices.Chip | None) -> int | None:
+    if chip is not None:
+        return chip.hbm_bytes
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _largest(
+    compile_batch: Callable[[float], _Compiled], compiled: _Compiled, limit: int
+) -> int | None:
+    """The most images on a device, by two compilations that fit, of which one may be this."""
+    config = compiled.run.config
+    parts = config.accumulation_steps
+    unit = _STEP * parts
+    own = config.batch_size // compiled.run.engine.mesh.size
+
+    def needed(batch: int) -> int | None:
+        memory = compiled.memory if batch == own else compile_batch(batch).memory
+        return memory.total if memory else None
+
+    return largest_that_fits(needed, own, unit=unit, limit=limit)

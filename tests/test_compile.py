@@ -1,0 +1,163 @@
+"""Compiling for devices that are not there: the program, its table and its figures."""
+
+import importlib.util
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from rich.console import Console
+
+from metaformer_jax.training import devices, recipes
+from metaformer_jax.training.compile import compile_training
+from metaformer_jax.training.described import described_sources
+from metaformer_jax.training.topology import topology_devices
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+TINY = {
+    "batch_size": 64,
+    "model.depths": (1, 1, 1, 1),
+    "model.dims": (8, 8, 8, 8),
+    "model.family": "poolformerv2",
+}
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='needs TPUs\' compiler: pip install -e ".[tpu]"',
+)
+
+
+def _config(**changes):
+    config = recipes.digits()
+    config.update_from_flattened_dict({**TINY, **changes})
+    return config
+
+
+def _main(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "metaformer_jax.main", "--config=configs/digits.py", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_program_compiles_for_this_machine_without_a_workdir(tmp_path):
+    output = tmp_path / "figures.json"
+    fields = [f"--config.{name}={value}".replace(" ", "") for name, value in TINY.items()]
+    result = _main("--mode=compile", f"--output={output}", *fields)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for text in ("poolformerv2 on 8 x cpu", "1,442 examples of 10 classes", "all-reduce among 8"):
+        assert text in result.stdout
+    (figures,) = json.loads(output.read_text())
+    assert figures["batch_size"] == 64
+    assert figures["num_devices"] == 8
+    assert figures["memory_total"] > 64 * 32 * 32 / 8
+    assert figures["flops"] > 0
+    # 1,442 images in batches of 64, over 15 epochs.
+    assert figures["total_steps"] == round(15 * 1442 / 64)
+    # The gradients of every parameter, and a few sums.
+    assert figures["sent_bytes"] > 0
+    # No compiler but that for TPUs says how long a step takes.
+    assert figures["step_seconds"] is None
+    assert "no estimate of time" in result.stdout
+
+
+def test_a_topology_that_is_none_is_one_line_with_good_ones():
+    result = _main("--mode=compile", "--topology=v5e:3x3")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "got 'v5e:3x3'" in line
+    assert "v5e:4x4" in line
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2x2x2", "v4:4x4", "v5e:0x2", "v5e:32x32"])
+def test_only_names_of_slices_are_taken(name):
+    with pytest.raises(ValueError, match="There are, for example: "):
+        topology_devices(name)
+
+
+def test_without_tpus_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[tpu\]"'):
+        topology_devices("v5e:4x4")
+
+
+def test_a_batch_that_does_not_divide_is_refused_as_in_training():
+    with pytest.raises(ValueError, match="must divide by the 8 devices"):
+        compile_training(_config(batch_size=60), console=Console(file=io.StringIO()))
+
+
+def test_another_batch_changes_the_mixing_group_and_says_so():
+    text = io.StringIO()
+    changes = {"mixing.mixup_alpha": 0.8, "mixing.group_size": 16}
+    (estimate,) = compile_training(
+        _config(**changes), batch_per_device=4, console=Console(file=text, width=100)
+    )
+    assert estimate.batch_size == 32
+    assert "mixing.group_size 4 in place of 16" in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("config", "examples", "classes"),
+    [
+        ("caformer_s18", 1_281_167, 1000),
+        ("caformer_s18:in21k", 14_197_122, 21841),
+        ("caformer_s18:in21ft1k", 1_281_167, 1000),
+    ],
+)
+def test_data_that_is_not_there_is_assumed_and_named(config, examples, classes, tmp_path):
+    described = recipes.published(*config.split(":"))
+    described.data.root = str(tmp_path)
+    (train, evaluation), text = described_sources(described)
+    assert (len(train), len(train.class_names)) == (examples, classes)
+    assert evaluation.channels == 3
+    assert "cannot be opened here: taken as ImageNet" in text
+
+
+def test_data_that_is_there_is_used():
+    (train, _), text = described_sources(_config())
+    assert len(train) == 1442
+    assert text == "digits: 1,442 examples of 10 classes"
+
+
+def test_clocks_agree_with_the_peaks_of_the_data_sheets():
+    # Multiply-adds of all matrix units in a cycle.
+    for kind, macs in {
+        "TPU v4": 8 * 128**2,
+        "TPU v5 lite": 4 * 128**2,
+        "TPU v5": 8 * 128**2,
+        "TPU v6 lite": 4 * 256**2,
+    }.items():
+        peak = devices.chip(kind).clock_hz * macs * 2
+        assert peak == pytest.approx(devices.peak_flops(kind), rel=0.003)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_step_is_compiled_for_tpus_and_scales():
+    platforms, cache = jax.config.jax_platforms, jax.config.jax_enable_compilation_cache
+    text = io.StringIO()
+    try:
+        estimates = compile_training(
+            _config(**{"model.family": "convformer", "model.scan": 1}),
+            topologies=("v5e:1x1", "v5e:2x2"),
+            batch_per_device=64,
+            console=Console(file=text, width=140),
+        )
+    finally:
+        jax.config.update("jax_platforms", platforms)
+        jax.config.update("jax_enable_compilation_cache", cache)
+    one, four = estimates
+    assert (one.num_devices, four.num_devices) == (1, 4)
+    assert one.device_kind == "TPU v5 lite"
+    assert one.fits
+    assert one.cycles == pytest.approx(four.cycles, rel=0.05)
+    assert one.step_seconds == pytest.approx(one.cycles / 1.5e9)
+    assert four.sent_bytes > 0 == one.sent_bytes
+    assert four.hours == pytest.approx(four.step_seconds * four.total_steps / 3600)
+    assert "efficiency" in text.getvalue()
+    assert "no clock measured it" in text.getvalue()

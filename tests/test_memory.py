@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from metaformer_jax.training.memory import Memory, largest_that_fits, memory_of
+
+
+def _needed(limit=10**9, fixed=100, of_each=10):
+    asked = []
+
+    def needed(batch):
+        asked.append(batch)
+        total = fixed + of_each * batch
+        return total if total <= limit else None
+
+    return needed, asked
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "expected"), [(64, 1000, 88), (64, 740, 64), (64, 739, 56), (8, 1000, 88)]
+)
+def test_the_largest_batch_is_on_the_line_through_two(batch, limit, expected):
+    needed, asked = _needed()
+    assert largest_that_fits(needed, batch, unit=8, limit=limit) == expected
+    assert len(asked) == 2
+
+
+def test_what_is_refused_is_halved_until_it_fits():
+    needed, asked = _needed(limit=400)
+    assert largest_that_fits(needed, 96, unit=8, limit=400) == 24
+    assert asked == [96, 48, 24, 8]
+
+
+def test_without_two_batches_that_fit_nothing_is_said():
+    needed, _ = _needed(limit=150)
+    assert largest_that_fits(needed, 64, unit=8, limit=150) is None
+
+
+def test_not_even_one_image_fits():
+    needed, _ = _needed(fixed=2000)
+    assert largest_that_fits(needed, 64, unit=8, limit=1000) == 0
+
+
+def test_memory_counts_what_is_donated_once():
+    shape = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    step = jax.jit(lambda x, y: x + y, donate_argnums=0)
+    memory = memory_of(step.lower(shape, shape).compile())
+    assert (memory.arguments, memory.outputs, memory.aliased) == (8000, 4000, 4000)
+    assert memory.total == 8000 + memory.temporaries + memory.code
+    assert Memory(arguments=1, outputs=2, aliased=2, temporaries=4, code=8).total == 13

@@ -1,0 +1,118 @@
+"""However a stage is run, it is the same function of the same parameters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from metaformer_jax import models
+from metaformer_jax.models import ImageKeys, MetaFormer, MetaFormerSpec, stages
+
+# A small kernel compiles sooner.
+SEP_CONV = functools.partial(models.SepConv, kernel_size=3)
+# So does what is not optimised.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+KEYS = jax.random.split(jax.random.key(2), 4)
+
+
+def _model(*token_mixers, drop_path_rate=0.3, **settings):
+    spec = MetaFormerSpec(
+        depths=(4, 2),
+        dims=(8, 16),
+        token_mixers=token_mixers or (SEP_CONV, models.Attention),
+        res_scale_init=(None, 1.0),
+    )
+    settings = {"num_classes": 5, "image_size": 16, "drop_path_rate": drop_path_rate, **settings}
+    return MetaFormer(spec, **settings, rngs=nnx.Rngs(0))
+
+
+def _images():
+    return jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+
+
+def _outputs(model):
+    return _jit(lambda images: model(images))(_images())
+
+
+def _loss_and_gradients(model, rngs=lambda: ImageKeys(KEYS)):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params, rest)(_images(), rngs=rngs())
+        return jnp.square(logits).sum()
+
+    traced = _jit(jax.value_and_grad(loss)).trace(params)
+    return *traced.lower().compile()(params), str(traced.jaxpr)
+
+
+@pytest.fixture(scope="module")
+def written_out():
+    return _loss_and_gradients(_model())
+
+
+@pytest.mark.parametrize(
+    ("remat", "scan"),
+    [("none", 1), ("none", 2), ("mlp", 0), ("mlp", 1), ("products", 0), ("block", 1)],
+)
+def test_loss_and_gradients_are_those_of_blocks_written_out(written_out, remat, scan):
+    loss, gradients, _ = _loss_and_gradients(_model(remat=remat, scan=scan))
+    expected_loss, expected, _ = written_out
+    # Masks included: one that differs moves the loss by more than a hundredth.
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert jax.tree.structure(gradients) == jax.tree.structure(expected)
+    difference, norm = (
+        np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
+        for tree in (jax.tree.map(jnp.subtract, gradients, expected), expected)
+    )
+    assert difference < 1e-6 * norm
+
+
+def test_a_loop_holds_all_blocks_that_are_alike(written_out):
+    _, _, looped = _loss_and_gradients(_model(scan=1))
+    # The first block drops nothing and so stands alone; forward and backward are a loop each.
+    assert looped.count("scan[") - written_out[2].count("scan[") == 2 * 2
+
+
+def test_blocks_that_were_changed_are_not_taken_for_alike():
+    looped, written = (_model(models.Pooling, models.Pooling, scan=scan) for scan in (1, 0))
+    for model in (looped, written):
+        model.eval()
+        model.stages[0][2].token_mixer.pool_size = 5
+    np.testing.assert_allclose(_outputs(looped), _outputs(written), rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_needs_no_keys_and_frozen_matrices_are_stacked_too():
+    mixers = (models.IdentityMixing, models.RandomMixing)
+    looped, written = (_model(*mixers, scan=scan) for scan in (1, 0))
+    for model in (looped, written):
+        model.eval()
+    np.testing.assert_allclose(_outputs(looped), _outputs(written), rtol=1e-5, atol=1e-6)
+
+
+def test_masks_from_streams_of_a_models_own_leave_its_blocks_written_out():
+    looped, written = _model(scan=1), _model()
+    np.testing.assert_array_equal(looped(_images()), written(_images()))
+
+
+@pytest.mark.parametrize("remat", stages.REMAT[1:])
+def test_less_is_kept_for_the_backward_pass(remat):
+    def kept(remat):
+        model = _model(remat=remat)
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def forward(params, x):
+            return nnx.merge(graphdef, params, rest)(x, rngs=ImageKeys(KEYS))
+
+        _, backward = jax.eval_shape(functools.partial(jax.vjp, forward), params, _images())
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+    assert kept(remat) < 0.8 * kept("none")
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="`remat` must be one of 'none', 'mlp', 'products'"):
+        _model(remat="some")
+    assert stages.remat_name(True) == "block"
