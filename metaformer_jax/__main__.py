@@ -24,6 +24,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "predict": Command("metaformer_jax.predict", "say what pictures show, and where it is seen"),
+    "demo": Command("metaformer_jax.demo", "the same on a local web page"),
     "zoo": Command("metaformer_jax.zoo", "list the published models"),
     "train": Command("metaformer_jax.main", "train what a config describes", True),
     "eval": Command(

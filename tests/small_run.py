@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 from flax import nnx
-from test_workdir import save
 
 from metaformer_jax.models import FAMILIES, MetaFormer
 from metaformer_jax.training import recipes, settings
 from metaformer_jax.training.checkpoint import Checkpoints
+from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.pretrained import fill
 
@@ -41,3 +41,15 @@ def make(folder, *, family="identityformer", **data):
         save(checkpoints, 1, nnx.traversals.unflatten_mapping(variables), {})
     model.eval()
     return model, config
+
+
+def save(checkpoints, step, params, frozen, ema=None):
+    state = TrainState(
+        step=np.int32(step),
+        params=params,
+        frozen=frozen,
+        opt_state={"mu": np.ones(3, np.float32)},
+        ema=ema or {},
+        num_skipped=np.int32(0),
+    )
+    checkpoints.save(state, {"accuracy": 0.5}, [], recipes.digits())

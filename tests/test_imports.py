@@ -11,7 +11,7 @@ import sys
 import metaformer_jax
 
 PACKAGE = pathlib.Path(metaformer_jax.__file__).parent
-PROGRAMS = {"__main__", "convert", "export", "main", "predict", "validate", "zoo"}
+PROGRAMS = {"__main__", "convert", "demo", "export", "main", "predict", "validate", "zoo"}
 MAY_IMPORT = {
     "models": {"models"},
     "weights": {"weights", "models"},

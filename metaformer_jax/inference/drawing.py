@@ -134,6 +134,13 @@ def _cut(text: str) -> str:
     return text if len(text) <= _NAME_LENGTH else text[: _NAME_LENGTH - 1] + "…"
 
 
+def to_array(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
+    """The figure's pixels."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
 def save_png(figure: Figure, path: pathlib.Path) -> None:
     """Writes the figure as a PNG."""
     FigureCanvasAgg(figure).print_png(str(path))
