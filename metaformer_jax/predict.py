@@ -117,15 +117,20 @@ def main(
 ) -> int:
     """Predicts, prints or writes; returns the exit code."""
     args = parse_args(argv, prog)
+    import jax
+
     from metaformer_jax.weights import DownloadError
 
     try:
         with warnings.catch_warnings():
-            # Pillow's own about large pictures: what is too large is refused by name.
-            warnings.filterwarnings("ignore", module="PIL")
+            # Pillow's, of what it finds odd in a file: what matters here is said by name.
+            warnings.filterwarnings("ignore", module=r"PIL|metaformer_jax\.(data|inference)")
             return _predict(args)
     except (ValueError, ImportError, DownloadError) as error:
         return _failed(error)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        return _failed(f"the device failed: {reason} A smaller --batch-size takes less memory.")
     except BrokenPipeError:
         # Whoever read has read enough; Python's own flush at the end must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -151,6 +156,9 @@ def _predict(args: argparse.Namespace) -> int:
         for problem in problems[:-1]:
             print(f"error: {problem}", file=sys.stderr)
         return _failed(problems[-1])
+    for output in (args.output, args.explain):
+        if output and output.resolve() in {path.resolve() for path in paths}:
+            return _failed(f"{output} is a picture to predict, and would be replaced.")
     class_names = None
     if args.class_names:
         class_names = args.class_names.read_text(encoding="utf-8").splitlines()
@@ -179,6 +187,7 @@ def _predict(args: argparse.Namespace) -> int:
         if report.num_predicted == 0:
             raise ValueError(f"none of the {len(paths)} files could be predicted.")
         if picture:
+            file.flush()
             if len(explained) < report.num_predicted:
                 report.say(f"note: {args.explain} shows the first {MAX_EXPLAINED} pictures.")
             drawing.explain_pictures(explainer, explained, picture)
@@ -237,18 +246,20 @@ def _write(
                 classifier, paths, batch_size=args.batch_size, upright=args.upright
             ):
                 progress.advance(task)
+                # A name need not be text.
+                name = os.fsencode(outcome.path).decode("utf-8", "replace")
                 if isinstance(outcome, batches.Unreadable):
-                    report.leave_out(f"{outcome.path}: {outcome.problem}")
+                    report.leave_out(f"{name}: {outcome.problem}")
                     continue
                 for note in outcome.notes:
-                    report.say(f"note: {outcome.path}: {note}.")
+                    report.say(f"note: {name}: {note}.")
                 report.num_predicted += 1
                 if args.explain and len(explained) < MAX_EXPLAINED:
                     explained.append(outcome)
                 guesses = results.likeliest(
                     outcome.probabilities, classifier.class_names, top=args.top
                 )
-                yield results.Prediction(str(outcome.path), guesses)
+                yield results.Prediction(name, guesses)
 
     results.WRITERS[args.format](predictions(), file)
     return explained

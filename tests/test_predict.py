@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import struct
 import zlib
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import small_run
 from flax import nnx
-from PIL import Image
+from PIL import Image, ImageFile
 
 import metaformer_jax
 from metaformer_jax import predict
@@ -134,11 +135,13 @@ def test_a_published_model_names_imagenets_classes(run, call, converted):
     assert all(guess["name"] == names[guess["index"]] for guess in guesses)
 
 
-def test_what_is_left_out_is_named_and_told_by_the_exit_code(call):
-    arguments = ("nowhere.png", "digits/0.png", "*.tiff", "digits/notes.txt", "run/config.json")
+def test_what_is_left_out_is_named_and_told_by_the_exit_code(run, call):
+    arguments = ("nowhere.png", "digits/notes.txt", "digits/0.png", "*.tiff", "run/config.json")
     code, out, err = call(*arguments, "--weights", "run", "--format", "csv", "--top", "1")
     assert code == 1
-    assert len(out.splitlines()) == 2
+    (row,) = list(csv.DictReader(out.splitlines()))
+    expected = expected_probabilities(run, ["digits/0.png"]).max()
+    assert float(row["probability"]) == pytest.approx(expected, rel=1e-3)
     assert sorted(err.splitlines()) == [
         "left out: *.tiff: no file matches.",
         "left out: digits/notes.txt: not an image that Pillow reads.",
@@ -248,6 +251,25 @@ def test_an_orientation_is_applied_when_asked_for(tmp_path):
     assert (plain != turned).any()
 
 
+def test_a_picture_is_decoded_once(tmp_path, monkeypatch):
+    picture("plain").save(tmp_path / "plain.png")
+    loads = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda i: loads.append(i) or load(i))
+    read_image(tmp_path / "plain.png", COLOUR)
+    assert len(set(map(id, loads))) == 1
+
+
+def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(run, call, tmp_path):
+    path = os.fsencode(tmp_path / "$x_{$") + b"\xff.png"
+    with open(path, "wb") as file:
+        file.write(Digits("test")[0]["image"])
+    arguments = ("--format", "jsonl", "--explain", tmp_path / "drawn" / "why.png")
+    code, out, err = call(tmp_path, "--weights", "run", *arguments)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["image"] == f"{tmp_path}/$x_{{$\ufffd.png"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -263,6 +285,7 @@ def test_an_orientation_is_applied_when_asked_for(tmp_path):
         (["digits/0.png", "--weights", "run", "--class-names", "digits/notes.txt"], "the 10 cl"),
         (["digits/0.png", "--weights", "run", "--output", "empty"], "something else"),
         (["digits/0.png", "--weights", "run", "--output", "digits/0.png/x"], "digits/0.png: "),
+        (["digits/0.png", "--weights", "run", "--explain", "digits/0.png"], "be replaced"),
         (["digits/0.png", "--weights", "run", "--explain", "x.jpg"], "writes a .png file"),
         (["digits/0.png", "--weights", "run", "--stage", "2"], "--stage is that of --explain"),
         (["digits/0.png", "--weights", "run", "--explain", "x.png", "--stage", "5"], "in [1, 4]"),
@@ -297,21 +320,25 @@ def test_a_map_lies_over_its_picture_where_it_is_high():
     values = np.zeros((2, 2))
     values[1, 0] = 1
     image = np.full((64, 64, 3), 128, np.uint8)
+    image[:32, :32] = 255
     figure = explanations_figure([Explanation(image, "title", {"a": values, "b": values.T})])
     axes = [axes for place in figure.subfigs for axes in place.axes]
     assert [a.get_title() for a in axes] == ["", "a", "b"]
     pixels = to_array(figure).astype(int)
-    for panel, row, column in ((1, 0.75, 0.25), (2, 0.25, 0.75)):
+    for panel, row, column in ((1, 0.75, 0.25), (2, 0.25, 0.75), (0, 0, 0)):
         box = axes[panel].get_window_extent()
         top = pixels.shape[0] - box.y1
 
         def colour(row, column, box=box, top=top):
             return pixels[int(top + row * box.height), int(box.x0 + column * box.width)]
 
-        red, _, blue = colour(row, column)
-        assert red > blue
-        red, _, blue = colour(0.75, 0.75)
-        assert red < blue
+        if panel:
+            red, _, blue = colour(row, column)
+            assert red > blue
+            red, _, blue = colour(0.75, 0.75)
+            assert red < blue
+        # The picture beneath stands upright.
+        assert colour(0.25, 0.25).sum() > colour(0.75, 0.75).sum() + 100
 
 
 def test_class_names_come_from_a_file_or_from_the_data(run, call, tmp_path):

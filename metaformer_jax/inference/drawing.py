@@ -1,6 +1,7 @@
 """Pictures with what a model looks at, drawn over them."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -96,7 +97,7 @@ def explanations_figure(explanations: Sequence[Explanation]) -> Figure:
     figure = Figure(figsize=(2.1 * panels * columns, 2.5 * rows), layout="constrained")
     grid = figure.subfigures(rows, columns, squeeze=False)
     for place, explanation in zip(grid.flat, explanations, strict=False):
-        place.suptitle(explanation.title, fontsize=9)
+        place.suptitle(explanation.title, fontsize=9, parse_math=False)
         all_axes = place.subplots(1, panels, squeeze=False)[0]
         _show(all_axes[0], explanation.image)
         for axes, (name, values) in zip(all_axes[1:], explanation.maps.items(), strict=True):
@@ -127,7 +128,9 @@ def _show(axes: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
 def title_of(path: str, name: str, probability: float) -> str:
     """The file, and the first of the class's names with its probability."""
     first = name.partition(",")[0]
-    return f"{_cut(pathlib.PurePath(path).name)}\n{_cut(first)} {probability:.1%}"
+    # A name need not be text.
+    file = os.fsencode(pathlib.PurePath(path).name).decode("utf-8", "replace")
+    return f"{_cut(file)}\n{_cut(first)} {probability:.1%}"
 
 
 def _cut(text: str) -> str:
