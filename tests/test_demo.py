@@ -24,12 +24,20 @@ FLAGS = (
 # Runs the program, and notes every address beyond this machine that it asks for.
 WATCHED = """
 import socket, sys
-connect = socket.socket.connect
-def watched(self, address):
-    if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-        print("beyond:", address, file=sys.stderr, flush=True)
-    return connect(self, address)
-socket.socket.connect = watched
+
+HERE = (None, "", "127.0.0.1", "::1", "localhost")
+
+def watched(function, host_of):
+    def call(*arguments, **options):
+        if (host := host_of(*arguments)) not in HERE:
+            print("beyond:", host, file=sys.stderr, flush=True)
+        return function(*arguments, **options)
+    return call
+
+socket.getaddrinfo = watched(socket.getaddrinfo, lambda host, *_: host)
+socket.socket.connect = watched(
+    socket.socket.connect, lambda _, address: address[0] if isinstance(address, tuple) else None
+)
 from metaformer_jax import demo
 sys.exit(demo.main(sys.argv[1:]))
 """
