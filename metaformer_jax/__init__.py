@@ -1,14 +1,19 @@
 """MetaFormer baselines for vision in JAX and Flax NNX."""
 
-from metaformer_jax.models import (
-    MetaFormer,
-    MetaFormerSpec,
-    ModelInfo,
-    list_models,
-    model_info,
-    model_spec,
-)
-from metaformer_jax.weights import create_model, load_weights, save_weights
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metaformer_jax.models import (
+        MetaFormer,
+        MetaFormerSpec,
+        ModelInfo,
+        imagenet_class_names,
+        list_models,
+        model_info,
+        model_spec,
+    )
+    from metaformer_jax.weights import create_model, load_weights, save_weights
 
 __version__ = "0.1.0"
 
@@ -17,9 +22,29 @@ __all__ = [
     "MetaFormerSpec",
     "ModelInfo",
     "create_model",
+    "imagenet_class_names",
     "list_models",
     "load_weights",
     "model_info",
     "model_spec",
     "save_weights",
 ]
+
+_ROOMS = ("models", "weights", "explain", "inference")
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: a program's --help should not wait seconds for JAX.
+    if name in _ROOMS:
+        return importlib.import_module(f"metaformer_jax.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module("metaformer_jax.weights"), name, None)
+    if value is None:
+        value = getattr(importlib.import_module("metaformer_jax.models"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -7,6 +7,7 @@ python -m metaformer_jax.validate /path/to/imagenet --model caformer_s18 -b 128 
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from absl import logging
 from rich.console import Console
@@ -14,11 +15,11 @@ from rich.console import Console
 USAGE_ERROR = 2
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, *, prog: str = "python -m metaformer_jax.validate"
+) -> int:
     """Prints top-1, top-5 and loss; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m metaformer_jax.validate", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0])
     parser.add_argument("data", help="the folder that holds val/<class>/*")
     parser.add_argument("--model", required=True, help="a published name")
     parser.add_argument("-b", "--batch-size", type=int, default=256)

@@ -6,26 +6,36 @@ python -m metaformer_jax.zoo ["caformer_*"]
 import argparse
 import functools
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from flax import nnx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from metaformer_jax import models
+if TYPE_CHECKING:
+    from metaformer_jax import models
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, *, prog: str = "python -m metaformer_jax.zoo"
+) -> int:
     """Prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m metaformer_jax.zoo",
+        prog=prog,
         description="Print the published models; parameters and multiply-adds (MACs) are counted "
         "from the modules, the columns in brackets and the accuracies are the publication's.",
     )
     parser.add_argument("pattern", nargs="?", help='a shell pattern of names, "caformer_*"')
-    names = models.list_models(parser.parse_args(arguments).pattern)
+    pattern = parser.parse_args(arguments).pattern
+    # --help does not wait for JAX.
+    from metaformer_jax import models
+
+    names = models.list_models(pattern)
     if not names:
-        print("error: no published model matches. Without a pattern all are listed.")
+        print(
+            "error: no published model matches. Without a pattern all are listed.", file=sys.stderr
+        )
         return 2
     table = Table(title=f"{len(names)} published models")
     table.add_column("name", no_wrap=True)
@@ -58,7 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @functools.cache
-def _count(architecture: str, image_size: int, num_classes: int) -> models.Counts:
+def _count(architecture: str, image_size: int, num_classes: int) -> "models.Counts":
+    from flax import nnx
+
+    from metaformer_jax import models
+
     return models.count(
         lambda: models.create_model(
             architecture, image_size=image_size, num_classes=num_classes, rngs=nnx.Rngs(0)

@@ -1,4 +1,7 @@
-"""Imports point one way: models <- weights; models, data, weights <- training <- programs."""
+"""Imports point one way: models <- weights; models, data, weights <- training <- programs.
+
+Beside training stands inference, which builds on explain as well.
+"""
 
 import ast
 import pathlib
@@ -8,11 +11,13 @@ import sys
 import metaformer_jax
 
 PACKAGE = pathlib.Path(metaformer_jax.__file__).parent
-PROGRAMS = {"main", "validate", "zoo"}
+PROGRAMS = {"__main__", "convert", "demo", "export", "main", "predict", "validate", "zoo"}
 MAY_IMPORT = {
     "models": {"models"},
     "weights": {"weights", "models"},
     "data": {"data"},
+    "explain": {"explain", "models"},
+    "inference": {"inference", "explain", "models", "weights", "data"},
     "training": {"training", "models", "weights", "data"},
     "__init__": {"models", "weights"},
 }
@@ -39,7 +44,7 @@ def _imported_rooms(path: pathlib.Path) -> set[str]:
     for module in _imported_modules(path):
         package, *rest = module.split(".")
         if package == "metaformer_jax":
-            is_room = rest and ((PACKAGE / rest[0]).is_dir() or rest[0] in PROGRAMS)
+            is_room = rest and ((PACKAGE / rest[0]).is_dir() or rest[0] in {*PROGRAMS, *MAY_IMPORT})
             rooms.add(rest[0] if is_room else "models")
     return rooms
 

@@ -89,4 +89,4 @@ def test_the_zoo_prints_counted_beside_published_figures(capsys):
 
 def test_the_zoo_refuses_a_pattern_without_a_match(capsys):
     assert zoo.main(["resnet*"]) == 2
-    assert "no published model matches" in capsys.readouterr().out
+    assert "no published model matches" in capsys.readouterr().err

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from small_run import save
 from test_convert_torch_weights import load_program
 
 from metaformer_jax import create_model
-from metaformer_jax.training import recipes
 from metaformer_jax.training.checkpoint import Checkpoints
-from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights import CheckpointError
 from metaformer_jax.weights.convert import to_variables, variables_of
 from metaformer_jax.weights.files import read_tensors
@@ -46,18 +45,6 @@ def workdir(tmp_path_factory, variables):
             ]
             save(checkpoints, step, *halves)
     return folder
-
-
-def save(checkpoints, step, params, frozen, ema=None):
-    state = TrainState(
-        step=np.int32(step),
-        params=params,
-        frozen=frozen,
-        opt_state={"mu": np.ones(3, np.float32)},
-        ema=ema or {},
-        num_skipped=np.int32(0),
-    )
-    checkpoints.save(state, {"accuracy": 0.5}, [], recipes.digits())
 
 
 def is_frozen(path):

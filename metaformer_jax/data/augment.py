@@ -126,8 +126,12 @@ class EvalTransform:
             raise ValueError(f"`crop_fraction` must be in (0, 1], got {self.crop_fraction}.")
 
     def __call__(self, data: bytes) -> UInt8[np.ndarray, "h w c"]:
+        return self.of_image(transforms.decode(data, channels=self.channels))
+
+    def of_image(self, image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
+        """The same from a decoded image, of mode RGB or L as the channels say."""
         image = transforms.evaluation_transform(
-            transforms.decode(data, channels=self.channels),
+            image,
             self.image_size,
             crop_fraction=self.crop_fraction,
             interpolation=INTERPOLATIONS[self.interpolation],

@@ -143,7 +143,7 @@ def _scan(folder: str, class_names: tuple[str, ...]) -> list[list[bytes]]:
 
 
 def _scan_class(folder: str, ignored: list[str]) -> list[bytes]:
-    readable = _readable_extensions()
+    readable = readable_extensions()
     found = []
     # Sorted as whole paths, "a-b" stands before "a/b".
     for inner, names in sorted(_walk(folder)):
@@ -181,7 +181,8 @@ def _contains(outer: str, inner: str) -> bool:
 
 
 @functools.cache
-def _readable_extensions() -> frozenset[str]:
+def readable_extensions() -> frozenset[str]:
+    """The extensions of the files that Pillow reads, lower case, with their dot."""
     return frozenset(
         extension
         for extension, kind in Image.registered_extensions().items()

@@ -15,12 +15,14 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+_PROG = "python -m metaformer_jax.data.prepare"
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+
+def parse_args(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m metaformer_jax.data.prepare",
-        description=__doc__,
+        prog=prog,
+        description=__doc__.replace(_PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     programs = parser.add_subparsers(dest="program", required=True)
@@ -97,9 +99,9 @@ def run(args: argparse.Namespace) -> pathlib.Path:
     return convert_dataset(args.input, args.output, force=args.force, num_threads=args.num_threads)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
     """Runs the program: 0 if all was written, 2 and one message if not."""
-    args = parse_args(argv)
+    args = parse_args(argv, prog=prog)
     try:
         folder = run(args)
     except (ValueError, OSError, ImportError) as error:

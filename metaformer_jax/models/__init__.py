@@ -1,5 +1,6 @@
 """The models: specification, mixers, published variants. Knows jax and flax only."""
 
+from metaformer_jax.models.class_names import imagenet_class_names, imagenet_synsets
 from metaformer_jax.models.count import Counts, count
 from metaformer_jax.models.layers import (
     Dropout,
@@ -57,6 +58,8 @@ __all__ = [
     "count",
     "create_model",
     "image_layer_norm",
+    "imagenet_class_names",
+    "imagenet_synsets",
     "layer_norm",
     "list_models",
     "model_info",

@@ -96,7 +96,7 @@ class Pooling(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         average = nnx.avg_pool(
             wide,
-            (self.pool_size, self.pool_size),
+            window_shape=(self.pool_size, self.pool_size),
             strides=(1, 1),
             padding="SAME",
             count_include_pad=False,
@@ -161,10 +161,19 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, _ = x.shape
+        mixed = checkpoint_name(dot_product_attention(*self._heads(x)), PRODUCT)
+        return self.proj(mixed.reshape(b, h, w, self.num_heads * self.head_dim))
+
+    def weights(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k n n"]:
+        """What each token (third axis) takes of each (last axis), for every head, in float32."""
+        query, key, _ = self._heads(x)
+        scores = jnp.einsum("btkd,bskd->bkts", query, key, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(scores * self.head_dim**-0.5, axis=-1)
+
+    def _heads(self, x: Float[Array, "b h w c"]) -> list[Float[Array, "b n k d"]]:
+        b, h, w, _ = x.shape
         # Thirds of the last axis, for an axis of three would be moved about in memory.
-        query, key, value = (
+        return [
             third.reshape(b, h * w, self.num_heads, self.head_dim)
             for third in jnp.split(self.qkv(x), 3, axis=-1)
-        )
-        mixed = checkpoint_name(dot_product_attention(query, key, value), PRODUCT)
-        return self.proj(mixed.reshape(b, h, w, self.num_heads * self.head_dim))
+        ]

@@ -1,0 +1,163 @@
+"""Converts PyTorch checkpoints to Flax weights, and back.
+
+Examples:
+    python -m metaformer_jax.convert caformer_s18.pth --model caformer_s18 --output s18
+    python -m metaformer_jax.convert s18 --reverse --layout timm --output back.pth
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metaformer_jax.models import MetaFormer
+    from metaformer_jax.weights import Record
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__.replace("python -m metaformer_jax.convert", prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "input",
+        type=pathlib.Path,
+        metavar="INPUT",
+        help="a .pth or .safetensors checkpoint, in the sail or timm layout (it shows by itself); "
+        "with --reverse a converted folder or file; or the workdir of a training run",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the published name; a converted folder knows its own"
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="a folder (Orbax checkpoint and JSON), or a file by its suffix: .safetensors, and "
+        ".pth with --reverse; may be given several times",
+    )
+    parser.add_argument("--reverse", action="store_true", help="write a PyTorch checkpoint")
+    parser.add_argument(
+        "--layout",
+        choices=["sail", "timm"],
+        help="of what --reverse writes: the original code's (default) or timm's",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare with timm on random images before writing"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an earlier output")
+    parser.add_argument(
+        "--entry",
+        help="of a training checkpoint, by default the first that it has of state_dict_ema, "
+        "model_ema, state_dict and model",
+    )
+    parser.add_argument("--num-classes", type=int, help="if not as published")
+    parser.add_argument("--in-channels", type=int, default=3, help="if not 3")
+    parser.add_argument("--image-size", type=int, help="RandFormer only: if not as published")
+    args = parser.parse_args(argv)
+    if args.reverse and args.verify:
+        parser.error("--verify compares with a PyTorch file, and so not with --reverse")
+    if args.layout and not args.reverse:
+        parser.error("--layout is that of a PyTorch checkpoint: give --reverse as well")
+    # A conversion needs no accelerator, and must not take one away from a running program.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from metaformer_jax.weights import write
+
+    for path in args.output:
+        if args.reverse and not write.is_file_name(path):
+            parser.error(f"--reverse writes a file, .pth or .safetensors, not {path}")
+        if not args.reverse and write.is_file_name(path) and path.suffix != ".safetensors":
+            parser.error(f"a PyTorch file, {path}, takes --reverse")
+        if path.resolve() == args.input.resolve():
+            parser.error(f"INPUT and --output must differ, both are {path}")
+    return args
+
+
+def convert(args: argparse.Namespace) -> list["Record"]:
+    """Reads, checks, converts and writes; nothing is written before all is checked."""
+    from metaformer_jax.weights import pretrained, read_record, verify, workdir, write
+
+    name = args.model
+    settings: dict[str, Any] = {"num_classes": args.num_classes, "in_channels": args.in_channels}
+    settings["image_size"] = args.image_size
+    if workdir.is_workdir(args.input):
+        name = name or workdir.model_name(args.input)
+    elif args.input.is_dir() or (name is None and args.input.suffix == ".safetensors"):
+        record = read_record(args.input)
+        name = name or record.model
+        settings = {key: getattr(record, key) for key in settings}
+    if name is None:
+        raise ValueError(f"--model must be given for {args.input.name}: it does not say it.")
+    layout = (args.layout or "sail") if args.reverse else None
+    for path in args.output:
+        write.check_destination(path, name=name, layout=layout, force=args.force)
+    model, variables, checkpoint = pretrained.read_and_build(
+        args.input, name, entry=args.entry, with_hash=True, **settings
+    )
+    _check_as_asked(model, settings)
+    if args.verify:
+        pretrained.fill(model, variables)
+        error = verify.relative_error_to_timm(args.input, model, name=name, entry=args.entry)
+        print(f"relative error to timm: {error:.1e}")
+        if not error <= verify.TOLERANCE:
+            raise ValueError(
+                f"The relative error must be at most {verify.TOLERANCE}, got {error:.1e}. Nothing "
+                "was written."
+            )
+    return [
+        write.write_variables(
+            variables,
+            path,
+            name=name,
+            model=model,
+            layout=layout,
+            force=args.force,
+            **checkpoint.source,
+        )
+        for path in args.output
+    ]
+
+
+def _check_as_asked(model: "MetaFormer", settings: dict[str, Any]) -> None:
+    for key in ("num_classes", "in_channels"):
+        asked, found = settings[key], getattr(model, key)
+        if asked not in (None, found):
+            flag = "--" + key.replace("_", "-")
+            raise ValueError(f"{flag} must be what the checkpoint has, {found}, got {asked}.")
+
+
+def main(
+    argv: Sequence[str] | None = None, *, prog: str = "python -m metaformer_jax.convert"
+) -> int:
+    """Runs the program: 0 if all was written, 2 and one message if not."""
+    args = parse_args(argv, prog)
+    from metaformer_jax.weights import DownloadError
+
+    try:
+        records = convert(args)
+    except (ValueError, OSError, ImportError, DownloadError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    for path, record in zip(args.output, records, strict=True):
+        entry = f", {record.source_entry}" if record.source_entry else ""
+        source = f" from {record.source_layout} layout{entry}" if record.source_layout else ""
+        frozen = f" and {record.frozen_params:,} frozen" if record.frozen_params else ""
+        print(f"{path}: {record.model}, {record.params:,}{frozen} parameters{source}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What a model looks at: Grad-CAM for any stage, attention maps for stages that have attention."""
+
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from metaformer_jax.models import Attention, MetaFormer
+
+
+def grad_cam(
+    model: MetaFormer,
+    images: Float[Array, "b h w c"],
+    classes: Int[Array, " b"] | None = None,
+    stage: int = -1,
+) -> Float[Array, "b h2 w2"]:
+    """Where a stage's output speaks for a class (Grad-CAM, https://arxiv.org/abs/1610.02391).
+
+    The channels of the stage's output are added up, each weighted by the mean over all places of
+    the logit's derivative by it; what speaks against the class is cut to 0. Works under `jax.jit`
+    and `nnx.jit`, with `stage` static.
+
+    Args:
+        model: the model, in evaluation mode (`model.eval()`), with a head.
+        images: normalised, as the model takes them.
+        classes: a class for each image; by default the one that the model predicts.
+        stage: from 0 for the first, or from -1 for the last.
+
+    Returns:
+        For each image a map of the stage's height and width, float32, not negative.
+
+    Raises:
+        ValueError: there is no such stage, the model has no head, or there is not one class for
+            each image.
+    """
+    stage = _checked_stage(model, stage)
+    if model.head is None:
+        raise ValueError(
+            "`model` must have a head, got one with num_classes=0, which has no class to explain."
+        )
+    if classes is not None and jnp.shape(classes) != (len(images),):
+        raise ValueError(
+            f"`classes` must have shape ({len(images)},), one for each image, got "
+            f"{jnp.shape(classes)}."
+        )
+    features = model.features(images)[stage]
+    chosen = jnp.argmax(_logits(model, features, stage), axis=-1) if classes is None else classes
+
+    def total_of_chosen(features: Array) -> Array:
+        # The images do not know of each other: the sum's derivative is that of each.
+        logits = _logits(model, features, stage)
+        return jnp.sum(jnp.take_along_axis(logits, jnp.asarray(chosen)[:, None], axis=-1))
+
+    slopes = jax.grad(total_of_chosen)(features).astype(jnp.float32)
+    weights = jnp.mean(slopes, axis=(1, 2))
+    return jax.nn.relu(jnp.einsum("bhwc,bc->bhw", features.astype(jnp.float32), weights))
+
+
+def attention_maps(
+    model: MetaFormer, images: Float[Array, "b h w c"], stage: int = -1
+) -> Float[Array, "b blocks heads tokens tokens"]:
+    """The attention weights of every block of a stage.
+
+    Args:
+        model: the model, in evaluation mode.
+        images: normalised, as the model takes them.
+        stage: from 0 for the first, or from -1 for the last.
+
+    Returns:
+        `maps[image, block, head, i, j]` is what token `i` takes of token `j`; over `j` they sum
+        to one. Tokens count row by row over the stage's height and width.
+
+    Raises:
+        ValueError: there is no such stage, or its blocks have no attention.
+    """
+    stage = _checked_stage(model, stage)
+    if not has_attention(model, stage):
+        with_attention = [
+            index for index in range(len(model.stages)) if has_attention(model, index)
+        ]
+        raise ValueError(
+            f"`stage` must be one with attention, got {stage}. This model has attention in "
+            f"{', '.join(map(str, with_attention)) or 'none of its stages'}."
+        )
+    before = model.features(images)[stage - 1] if stage else jnp.asarray(images, model.dtype)
+    x = model.downsample_layers[stage](before)
+    maps = []
+    for block in model.stages[stage]:
+        mixer = cast(Attention, block.token_mixer)
+        maps.append(mixer.weights(block.norm1(x)))
+        x = block(x)
+    return jnp.stack(maps, axis=1)
+
+
+def received_attention(
+    model: MetaFormer, images: Float[Array, "b h w c"], stage: int = -1
+) -> Float[Array, "b h2 w2"]:
+    """How much each place is attended to: in the stage's last block, the mean of all tokens.
+
+    Over heads, too. There is no class token whose attention alone would matter: the head averages
+    over all. An image's map sums to one.
+
+    Raises:
+        ValueError: there is no such stage, or its blocks have no attention.
+    """
+    maps = attention_maps(model, images, stage)[:, -1]
+    stage = _checked_stage(model, stage)
+    height, width = model.spec.stage_resolutions((images.shape[1], images.shape[2]))[stage]
+    return jnp.mean(maps, axis=(1, 2)).reshape(len(images), height, width)
+
+
+def has_attention(model: MetaFormer, stage: int = -1) -> bool:
+    """Whether `attention_maps` has something to show for a stage."""
+    blocks = model.stages[_checked_stage(model, stage)]
+    return all(isinstance(block.token_mixer, Attention) for block in blocks)
+
+
+def _checked_stage(model: MetaFormer, stage: int) -> int:
+    num_stages = len(model.stages)
+    if not -num_stages <= stage < num_stages:
+        raise ValueError(
+            f"`stage` must be in [0, {num_stages}), or count from -1 for the last, got {stage}."
+        )
+    return stage % num_stages
+
+
+def _logits(
+    model: MetaFormer, features: Float[Array, "b h w c"], stage: int
+) -> Float[Array, "b classes"]:
+    x = features
+    later = slice(stage + 1, None)
+    for downsample, blocks in zip(model.downsample_layers[later], model.stages[later], strict=True):
+        x = downsample(x)
+        for block in blocks:
+            x = block(x)
+    assert model.head is not None
+    return model.head(model.pool(x))

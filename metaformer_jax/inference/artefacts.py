@@ -1,0 +1,170 @@
+"""Models as files that run without this package: StableHLO by jax.export, ONNX by jax2onnx."""
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from metaformer_jax.inference.classifier import Classifier
+from metaformer_jax.models import MetaFormer
+from metaformer_jax.models.mixers import DepthwiseConv
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
+
+
+def export_stablehlo(
+    model: MetaFormer,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    platforms: Sequence[str] = PLATFORMS,
+) -> bytes:
+    """The model, weights included, as `jax.export` serialises it, for any number of images.
+
+    `jax.export.deserialize(data).call(images)` gives the logits of float32 images
+    `[batch, height, width, channels]` on each of the platforms, without this package.
+
+    Args:
+        model: in evaluation mode.
+        image_size: pixels per side, or (height, width); by default what the model was built for.
+        platforms: what the program is lowered for: "cpu", "cuda", "rocm", "tpu".
+
+    Raises:
+        ImportError: flatbuffers, in which the program is written, is not installed.
+        ValueError: an unknown platform, or a size that the model does not take.
+    """
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "A StableHLO file needs flatbuffers. Install it with: "
+            'pip install "metaformer-jax[export]"'
+        ) from error
+    (batch,) = jax.export.symbolic_shape(BATCH)
+    images = jax.ShapeDtypeStruct((batch, *_image_shape(model, image_size)), jnp.float32)
+    exported = jax.export.export(jax.jit(functools.partial(_logits, model)), platforms=platforms)
+    return bytes(exported(images).serialize())
+
+
+def export_onnx(model: MetaFormer, *, image_size: int | tuple[int, int] | None = None) -> bytes:
+    """The model, weights included, as an ONNX file, for any number of images.
+
+    Its input is `images`, float32 `[batch, height, width, channels]`, its output `logits`.
+
+    Args:
+        model: in evaluation mode.
+        image_size: pixels per side, or (height, width); by default what the model was built for.
+
+    Raises:
+        ImportError: jax2onnx is not installed.
+        ValueError: a size that the model does not take.
+    """
+    try:
+        import jax2onnx
+    except ImportError as error:
+        raise ImportError(
+            'An ONNX file needs jax2onnx. Install it with: pip install "metaformer-jax[onnx]"'
+        ) from error
+    shape = _image_shape(model, image_size)
+    plain = _in_plain_operations(model)
+    with _quiet():
+        exported = jax2onnx.to_onnx(
+            functools.partial(_logits, plain),
+            [(BATCH, *shape)],
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+        )
+    return exported.SerializeToString()
+
+
+def describe(classifier: Classifier) -> dict[str, Any]:
+    """What whoever runs the file has to know, as JSON: inputs, outputs and classes."""
+    size, channels = classifier.transform.image_size, classifier.transform.channels
+    return {
+        "model": classifier.name,
+        "input": {
+            "name": INPUT,
+            "dtype": "float32",
+            "shape": [BATCH, size, size, channels],
+            "axes": "batch, height, width, channels (RGB, or grey)",
+            "values": "(pixel / 255 - mean) / std",
+            "mean": list(classifier.mean),
+            "std": list(classifier.std),
+            "crop_fraction": classifier.transform.crop_fraction,
+            "interpolation": classifier.transform.interpolation,
+        },
+        "output": {
+            "name": OUTPUT,
+            "dtype": "float32",
+            "shape": [BATCH, len(classifier.class_names)],
+            "values": "logits; their softmax are the probabilities",
+        },
+        "class_names": list(classifier.class_names),
+    }
+
+
+def _logits(model: MetaFormer, images: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
+    return model(images)
+
+
+def _image_shape(
+    model: MetaFormer, image_size: int | tuple[int, int] | None
+) -> tuple[int, int, int]:
+    if image_size is None:
+        image_size = model.image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    # Refuses what the model does, in words.
+    jax.eval_shape(lambda images: model(images), jnp.zeros((1, height, width, model.in_channels)))
+    return height, width, model.in_channels
+
+
+class _Conv(nnx.Conv):
+    __call__ = nnx.Conv.__call__
+
+
+class _Linear(nnx.Linear):
+    __call__ = nnx.Linear.__call__
+
+
+class _DepthwiseConv(DepthwiseConv):
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...][:, :, None, :],
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+
+
+def _in_plain_operations(model: MetaFormer) -> MetaFormer:
+    # jax2onnx replaces Flax's layers by its own, which do not take all arguments of ours, and it
+    # knows no branches by platform.
+    model = nnx.clone(model)
+    plain = {nnx.Conv: _Conv, nnx.Linear: _Linear, DepthwiseConv: _DepthwiseConv}
+    for _, module in nnx.iter_modules(model):
+        if type(module) in plain:
+            object.__setattr__(module, "__class__", plain[type(module)])
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Of what the libraries find odd in each other, nothing can be done here.
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

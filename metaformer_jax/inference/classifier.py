@@ -1,0 +1,208 @@
+"""A model with all that lies between a picture's file and named probabilities."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from metaformer_jax import models
+from metaformer_jax.data.augment import EvalTransform
+from metaformer_jax.data.device import normalize
+from metaformer_jax.inference import trained
+from metaformer_jax.models import MetaFormer, MetaFormerSpec, model_info
+from metaformer_jax.weights import CheckpointError, hub
+from metaformer_jax.weights.convert import to_variables
+from metaformer_jax.weights.pretrained import fill
+from metaformer_jax.weights.read import read_checkpoint
+from metaformer_jax.weights.recognition import recognise
+
+NUM_IMAGENET_1K = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A model, how pictures become its input, and what its classes are called.
+
+    Attributes:
+        model: in evaluation mode.
+        name: the published name, or what the run trained.
+        transform: from the content of an image file to uint8 pixels `[h, w, c]`.
+        mean: per channel, of pixels scaled to [0, 1].
+        std: likewise.
+        class_names: by class.
+        notes: what a user should know of how these were found.
+    """
+
+    model: MetaFormer
+    name: str
+    transform: EvalTransform
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def normalize(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """The pixels as the model takes them."""
+        return normalize(images, mean=self.mean, std=self.std)
+
+    def logits(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b classes"]:
+        """The model's answer to pixels; not jitted."""
+        return self.model(self.normalize(images))
+
+    def probabilities(self, images: UInt8[np.ndarray, "b h w c"]) -> Float[Array, "b classes"]:
+        """The softmax of the logits. Compiled once for each batch size."""
+        return self._compiled(jnp.asarray(images))
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        graphdef, state = nnx.split(self.model)
+
+        @jax.jit
+        def probabilities(state: nnx.State, images: Array) -> Array:
+            logits = dataclasses.replace(self, model=nnx.merge(graphdef, state)).logits(images)
+            return jax.nn.softmax(logits, axis=-1)
+
+        return functools.partial(probabilities, state)
+
+
+def load_classifier(
+    name: str | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    class_names: Sequence[str] | None = None,
+    dtype: Any = jnp.float32,
+) -> Classifier:
+    """Loads a model with what its weights tell of classes and pictures.
+
+    A training run's workdir tells everything by its config. Of other weights the published name
+    gives the size, crop, filter, mean and standard deviation of the pictures; the classes are
+    ImageNet-1K's where there are a thousand, and otherwise numbers.
+
+    Args:
+        name: a published name. Left out, the weights must tell what they are, by their record,
+            their run's config, their file name or their shapes.
+        weights: whatever `create_model(pretrained=...)` takes as a path; by default the published
+            weights, downloaded once.
+        image_size: pixels per side; by default those of the training or the publication.
+        class_names: one for each class, in place of those that are found.
+        dtype: compute dtype.
+
+    Raises:
+        ValueError: an unknown name, no name where one is needed, or weights that do not fit or
+            have no head.
+        FileNotFoundError: nothing is at the path.
+        weights.DownloadError: the published weights could not be fetched.
+    """
+    if name is not None:
+        name = model_info(name).name
+    if weights is None:
+        if name is None:
+            raise ValueError(
+                "`name` (--model) must be given where no weights (--weights) are. "
+                "metaformer_jax.list_models() and `metaformer-jax zoo` list the published ones."
+            )
+        weights = hub.converted_file(name)
+    path = pathlib.Path(weights).expanduser()
+    told = trained.read_settings(path)
+    checkpoint = read_checkpoint(path, name=name or told.name)
+    found = recognise(checkpoint.tensors)
+    if not found.num_classes:
+        raise CheckpointError(
+            f"The weights must have a head to predict classes with, got {path} without one."
+        )
+    spec = told.spec
+    if name or spec is None:
+        name = name or told.name or _only_name(found.architectures, path)
+        spec = models.model_spec(name)
+    settings = {} if name is None else trained.published_settings(name, found.in_channels or 3)
+    settings |= told.settings
+    if image_size is not None:
+        settings["image_size"] = image_size
+    channels = found.in_channels or len(settings["mean"])
+    if channels not in (1, 3) or channels != len(settings["mean"]):
+        raise CheckpointError(
+            f"The weights must be for pictures of 1 or 3 channels, got {channels} in {path}."
+        )
+    model = _filled(spec, checkpoint.tensors, found.num_classes, channels, settings, dtype)
+    class_names, notes = _class_names(class_names, told, found.num_classes)
+    return Classifier(
+        model=model,
+        name=name or told.title,
+        transform=EvalTransform(
+            image_size=settings["image_size"],
+            channels=channels,
+            crop_fraction=settings["crop_fraction"],
+            interpolation=settings["interpolation"],
+        ),
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        class_names=class_names,
+        notes=notes,
+    )
+
+
+def _only_name(architectures: tuple[str, ...], path: pathlib.Path) -> str:
+    # A file that kept its published name tells the resolution, too.
+    if path.stem in models.list_models() and model_info(path.stem).architecture in architectures:
+        return path.stem
+    if len(architectures) != 1:
+        looks = f", which looks like {' or '.join(architectures)}" if architectures else ""
+        raise ValueError(
+            f"`name` (--model) must be given for {path}{looks}: keys and shapes do not tell."
+        )
+    return architectures[0]
+
+
+def _filled(
+    spec: MetaFormerSpec,
+    tensors: dict[str, np.ndarray],
+    num_classes: int,
+    channels: int,
+    settings: dict[str, Any],
+    dtype: Any,
+) -> MetaFormer:
+    model = nnx.eval_shape(
+        lambda: MetaFormer(
+            spec,
+            num_classes=num_classes,
+            in_channels=channels,
+            image_size=settings["image_size"],
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    fill(model, to_variables(tensors, model))
+    model.eval()
+    return model
+
+
+def _class_names(
+    given: Sequence[str] | None, told: trained.Told, num_classes: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    notes: tuple[str, ...] = ()
+    if given is not None:
+        if len(given) != num_classes:
+            raise ValueError(
+                f"`class_names` must be one for each of the {num_classes} classes, got "
+                f"{len(given)}."
+            )
+        return tuple(given), notes
+    names, reason = told.class_names()
+    if names is None and reason is None and num_classes == NUM_IMAGENET_1K:
+        names = models.imagenet_class_names()
+    if names is not None and len(names) == num_classes:
+        return names, notes
+    if names is not None:
+        reason = f"the data has {len(names)} classes, the weights {num_classes}"
+    if reason is not None:
+        notes = (f"classes are numbered, for their names are not known: {reason}",)
+    return tuple(f"class {index}" for index in range(num_classes)), notes

@@ -1,0 +1,143 @@
+"""Pictures by file, folder and glob, and what to say of those that are unusual or unusable."""
+
+import glob
+import io
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from metaformer_jax.data.augment import EvalTransform
+from metaformer_jax.data.folder import readable_extensions
+from metaformer_jax.data.transforms import BadImageError
+from metaformer_jax.weights.errors import first_line
+
+# What a decoded or resized picture may have, so that no file takes more than about half a
+# gigabyte: Pillow's own limit.
+MAX_PIXELS = 2 * 89_478_485
+_EXIF_ORIENTATION = 0x0112
+
+
+def find_images(patterns: Iterable[str]) -> tuple[list[pathlib.Path], list[str]]:
+    """The files that are meant, each once, in order; and a line for each pattern that finds none.
+
+    A file is taken whatever its name; of a folder every file whose extension Pillow reads, with
+    those of the folders in it, sorted by path, hidden ones left out. `*`, `?`, `[...]` and `**`
+    work as in a shell, also where no shell has seen them.
+    """
+    found: dict[pathlib.Path, None] = {}
+    problems = []
+    for pattern in patterns:
+        path = pathlib.Path(pattern).expanduser()
+        if os.path.lexists(path):
+            matches = [path]
+        elif glob.has_magic(pattern):
+            matches = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
+            if not matches:
+                problems.append(f"{pattern}: no file matches")
+        else:
+            matches = []
+            problems.append(f"{pattern}: no such file")
+        for match in matches:
+            if match.is_dir():
+                inside = list(_images_in(match))
+                found.update(dict.fromkeys(inside))
+                if not inside:
+                    problems.append(f"{match}: the folder has no picture with a known extension")
+            elif match.is_file():
+                found[match] = None
+            else:
+                problems.append(f"{match}: neither a file nor a folder")
+    return list(found), problems
+
+
+def _images_in(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    readable = readable_extensions()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = pathlib.Path(parent, name)
+            if not name.startswith(".") and path.suffix.lower() in readable and path.is_file():
+                yield path
+
+
+def read_image(
+    path: str | os.PathLike[str], transform: EvalTransform, *, upright: bool = False
+) -> tuple[UInt8[np.ndarray, "h w c"], list[str]]:
+    """The pixels that a model is evaluated on, and what a user should know of the picture.
+
+    Args:
+        path: the file.
+        transform: the evaluation transform.
+        upright: turn the picture as its EXIF orientation says, which evaluation does not.
+
+    Raises:
+        BadImageError: the file is no image, is damaged, or too large to hold.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        notes = _examine(file, transform.image_size)
+        file.seek(0)
+        data = file.read()
+    opened = Image.open(io.BytesIO(data))
+    turns = upright and any("EXIF" in note for note in notes)
+    if opened.mode.startswith("I;16"):
+        notes.append("16 bits per pixel, of which the upper 8 are taken")
+    elif not turns:
+        return transform(data), notes
+    try:
+        image = ImageOps.exif_transpose(opened) if turns else opened
+        if image.mode.startswith("I;16"):
+            # Pillow's own conversion cuts at 255, and leaves white.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB" if transform.channels == 3 else "L")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadImageError(str(error)) from error
+    return transform.of_image(image), [note for note in notes if "EXIF" not in note or not turns]
+
+
+def _examine(file: io.BufferedReader, image_size: int) -> list[str]:
+    """What the header tells, before anything is decoded."""
+    try:
+        image = Image.open(file)
+        _check_size(*image.size, image_size)
+        # Without the chunk in front a PNG would be decoded to look for it behind the pixels.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if has_exif else 1
+        frames = getattr(image, "n_frames", 1)
+        is_transparent = image.has_transparency_data
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError("not an image that Pillow reads") from error
+    except Image.DecompressionBombError as error:
+        raise BadImageError(
+            f"more than {MAX_PIXELS / 1e6:.0f} million pixels, the most that are decoded. Make it "
+            "smaller"
+        ) from error
+    except BadImageError:
+        raise
+    # Each format's reader fails in its own way.
+    except Exception as error:
+        raise BadImageError(first_line(error).rstrip(".")) from error
+    if image.mode in ("I", "F"):
+        raise BadImageError(
+            "32 bits per pixel, whose range the file does not tell. Save it with 8 bits"
+        )
+    notes = []
+    if frames > 1:
+        notes.append(f"{frames} frames, of which the first is taken")
+    if is_transparent:
+        notes.append("transparent: as in evaluation, the colours behind are taken")
+    if orientation not in (0, 1):
+        notes.append("as in evaluation, its EXIF orientation is not applied; --upright applies it")
+    return notes
+
+
+def _check_size(width: int, height: int, image_size: int) -> None:
+    if max(width, height) / min(width, height) * image_size**2 > MAX_PIXELS:
+        raise BadImageError(
+            f"{width}x{height} pixels are too long and thin to resize to {image_size} on the short "
+            "side. Crop it"
+        )

@@ -1,0 +1,107 @@
+"""What lies beside weights: a run's config, a conversion's record, a publication's figures."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from metaformer_jax.data.sources import open_source
+from metaformer_jax.models import (
+    FAMILIES,
+    MetaFormerSpec,
+    imagenet_class_names,
+    imagenet_synsets,
+    model_info,
+)
+from metaformer_jax.weights import CheckpointError, read_record, workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What weights tell of themselves.
+
+    Attributes:
+        name: the published name; None if they do not say it, or have none.
+        spec: the network of a run without a published name.
+        title: what to call that.
+        settings: `image_size`, and of a run `crop_fraction`, `interpolation`, `mean`, `std`.
+        data: name and root of the data that a run trained with.
+    """
+
+    name: str | None = None
+    spec: MetaFormerSpec | None = None
+    title: str = ""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: tuple[str, str] | None = None
+
+    def class_names(self) -> tuple[tuple[str, ...] | None, str | None]:
+        """The classes of the run's data in words, or None and why, if there is a reason."""
+        if self.data is None:
+            return None, None
+        name, root = self.data
+        try:
+            names = open_source(name, "eval", root=root or None).class_names
+        except (ValueError, OSError, ImportError) as error:
+            return None, str(error)
+        in_words = dict(zip(imagenet_synsets(), imagenet_class_names(), strict=True))
+        return tuple(in_words.get(name, name) for name in names), None
+
+
+def read_settings(path: pathlib.Path) -> Told:
+    """What is told by the folder or file of weights; of a bare checkpoint nothing.
+
+    Raises:
+        CheckpointError: a run's config, or a conversion's record, is damaged.
+    """
+    if workdir.is_workdir(path):
+        return _read_config(path / "config.json")
+    if path.is_dir():
+        record = read_record(path)
+    elif path.is_file() and path.suffix == ".safetensors":
+        try:
+            record = read_record(path)
+        except CheckpointError:
+            # PyTorch's: no record is in it. What is damaged shows when it is read.
+            return Told()
+    else:
+        return Told()
+    return Told(name=record.model, settings={"image_size": record.image_size[0]})
+
+
+def published_settings(name: str, channels: int) -> dict[str, Any]:
+    """As a published model was evaluated; one channel gets the average of the three colours."""
+    info = model_info(name)
+    mean, std = info.mean, info.std
+    if channels == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)  # type: ignore[assignment]
+    return {
+        "image_size": info.image_size,
+        "crop_fraction": info.crop_pct,
+        "interpolation": info.interpolation,
+        "mean": mean,
+        "std": std,
+    }
+
+
+def _read_config(path: pathlib.Path) -> Told:
+    try:
+        config = json.loads(path.read_text())
+        settings = {
+            "image_size": config["data.image_size"],
+            "crop_fraction": config["eval_crop_fraction"],
+            "interpolation": config["eval_interpolation"],
+            "mean": config["data.mean"],
+            "std": config["data.std"],
+        }
+        name, spec, title = config["model.name"] or None, None, ""
+        if name is None:
+            title = config["model.family"]
+            spec = FAMILIES[title].spec(
+                depths=tuple(config["model.depths"]), dims=tuple(config["model.dims"])
+            )
+        data = config["data.name"], config["data.root"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} must be the config that the run wrote, got {type(error).__name__}: {error}."
+        ) from error
+    return Told(name=name, spec=spec, title=title, settings=settings, data=data)

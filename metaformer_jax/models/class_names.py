@@ -1,0 +1,31 @@
+"""What the classes of the published ImageNet-1K heads are called."""
+
+import functools
+import pathlib
+
+
+def imagenet_class_names() -> tuple[str, ...]:
+    """The 1,000 class names, by the index of the logit: the lemmas of each WordNet synset.
+
+    >>> imagenet_class_names()[0]
+    'tench, Tinca tinca'
+
+    Two classes are both a "crane", the bird (134) and the machine (517).
+    """
+    return tuple(_names_by_synset().values())
+
+
+def imagenet_synsets() -> tuple[str, ...]:
+    """The WordNet synset of each class, as ImageNet's folders are named.
+
+    >>> imagenet_synsets()[0]
+    'n01440764'
+    """
+    return tuple(_names_by_synset())
+
+
+@functools.cache
+def _names_by_synset() -> dict[str, str]:
+    text = (pathlib.Path(__file__).parent / "imagenet_1k.txt").read_text(encoding="utf-8")
+    rows = (line.partition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {synset: names for synset, _, names in rows}

@@ -1,0 +1,183 @@
+"""The local page: what it answers, and that a browser shows it."""
+
+import functools
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import small_run
+from flax import nnx
+from PIL import Image
+
+from metaformer_jax import demo
+from metaformer_jax.data.sources import Digits
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --window-size=1200,1500"
+)
+# Runs the program, and notes every address beyond this machine that it asks for.
+WATCHED = """
+import socket, sys
+
+HERE = (None, "", "127.0.0.1", "::1", "localhost")
+
+def watched(function, host_of):
+    def call(*arguments, **options):
+        if (host := host_of(*arguments)) not in HERE:
+            print("beyond:", host, file=sys.stderr, flush=True)
+        return function(*arguments, **options)
+    return call
+
+socket.getaddrinfo = watched(socket.getaddrinfo, lambda host, *_: host)
+socket.socket.connect = watched(
+    socket.socket.connect, lambda _, address: address[0] if isinstance(address, tuple) else None
+)
+from metaformer_jax import demo
+sys.exit(demo.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    model, config = small_run.make(folder / "run")
+    (folder / "digit.png").write_bytes(Digits("test")[0]["image"])
+    return folder, model, config
+
+
+def test_the_answer_is_the_models_with_its_maps(run):
+    folder, model, config = run
+    image = Image.open(folder / "digit.png")
+    guesses, picture = demo.answer(image, demo.BY_WEIGHTS, str(folder / "run"), "2")
+    pixels = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BICUBIC))
+    scaled = (pixels[None, ..., None] / 255 - config.data.mean[0]) / config.data.std[0]
+    logits = np.asarray(nnx.jit(lambda model, x: model(x))(model, scaled.astype(np.float32)))[0]
+    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    assert list(guesses) == [str(index) for index in np.argsort(-expected)[:5]]
+    np.testing.assert_allclose(list(guesses.values()), np.sort(expected)[:-6:-1], rtol=1e-3)
+    assert picture.shape[2] == 3
+    assert picture.std() > 10
+
+
+def test_without_a_picture_there_is_no_answer():
+    assert demo.answer(None, "caformer_s18", "", demo.LAST_STAGE) == ({}, None)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_port_in_use_says_so(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert demo.main(["--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"`--port` must be free on 127.0.0.1, got {port}" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--port", "0"], "must be in [1, 65535]"), (["--model", "caformer_s81"], "caformer_s18")],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
+    if "--model" in arguments:
+        pytest.importorskip("gradio", reason="gradio, of the extra `demo`, is not installed")
+    assert (
+        demo.main([*arguments, *([] if "--port" in arguments else ["--port", str(free_port())])])
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert demo.main(["--port", str(free_port())]) == 2
+    assert 'pip install "metaformer-jax[demo]"' in capsys.readouterr().err
+
+
+@pytest.fixture
+def browser(tmp_path):
+    selenium = pytest.importorskip("selenium", reason="selenium is not installed")
+    del selenium
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("chromium and chromedriver, Debian's chromium-driver, are not installed")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}"]:
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=Service(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(run):
+    pytest.importorskip("gradio", reason="gradio, of the extra `demo`, is not installed")
+    folder, _, _ = run
+    port = free_port()
+    arguments = ["--weights", str(folder / "run"), "--port", str(port)]
+    with subprocess.Popen(
+        [sys.executable, "-c", WATCHED, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(demo.__file__).parents[1])},
+        text=True,
+    ) as program:
+        said = program.stdout.readline()
+        assert f"http://127.0.0.1:{port}" in said, program.stderr.read()
+        yield f"http://127.0.0.1:{port}"
+        program.terminate()
+        assert "beyond:" not in program.stderr.read()
+
+
+def test_a_browser_shows_bars_and_heat_for_a_dropped_picture_and_compares(run, page, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    folder, _, _ = run
+    wait = functools.partial(WebDriverWait(browser, 120).until)
+    browser.get(page)
+    upload = wait(lambda b: b.find_element(By.CSS_SELECTOR, "input[type=file]"))
+    upload.send_keys(str(folder / "digit.png"))
+    label = wait(lambda b: b.find_element(By.CSS_SELECTOR, "#first-label"))
+    wait(lambda b: "%" in label.text)
+    image = Image.open(folder / "digit.png")
+    guesses, _ = demo.answer(image, demo.BY_WEIGHTS, str(folder / "run"), demo.LAST_STAGE)
+    assert label.text.split()[-10::2] == list(guesses)
+    heat = wait(lambda b: b.find_element(By.CSS_SELECTOR, "#first-heat img"))
+    wait(lambda b: int(heat.get_property("naturalWidth")) > 300)
+    assert not browser.find_elements(By.CSS_SELECTOR, "#second-label")
+    browser.find_element(By.CSS_SELECTOR, "#compares input").click()
+    second = wait(lambda b: b.find_element(By.CSS_SELECTOR, "#second-label"))
+    wait(lambda b: "%" in second.text)
+    assert second.text == label.text
+    if folder_for_screenshot := os.environ.get("SCREENSHOTS"):
+        browser.save_screenshot(str(pathlib.Path(folder_for_screenshot) / "demo.png"))
+    weights = browser.find_element(
+        By.CSS_SELECTOR, "#second-weights textarea, #second-weights input"
+    )
+    weights.send_keys("-gone")
+    browser.find_element(By.CSS_SELECTOR, "#classify").click()
+    toast = wait(lambda b: b.find_element(By.CSS_SELECTOR, ".toast-body"))
+    assert "must be an existing checkpoint" in toast.text
+    hosts = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(e => new URL(e.name).host)"
+    )
+    assert set(hosts) == {page.removeprefix("http://")}

@@ -1,0 +1,147 @@
+"""Exported files give the model's answers, without the model's code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference
+import small_run
+from flax import nnx
+
+from metaformer_jax import export
+from metaformer_jax.inference import artefacts
+from metaformer_jax.models import FAMILIES, MetaFormer
+
+NO_FLATBUFFERS = "flatbuffers, of the extra `export`, is not installed"
+NO_ONNX = "jax2onnx, of the extra `onnx`, is not installed"
+
+# What a program does that has JAX and the two files, and nothing of this package.
+ELSEWHERE = """
+import json, sys
+sys.modules["metaformer_jax"] = None
+import jax, numpy as np
+from jax import export
+program = export.deserialize(open("model.stablehlo", "rb").read())
+about = json.load(open("model.json"))
+assert about["input"]["shape"] == ["batch", 32, 32, 1]
+pixels = np.load("pixels.npy") / 255
+images = (pixels - np.array(about["input"]["mean"])) / np.array(about["input"]["std"])
+logits = [np.asarray(program.call(images[:size].astype(np.float32))) for size in (3, 1)]
+np.savez("logits.npz", *logits)
+print(program.platforms, about["class_names"][np.argmax(logits[0][0])], "flax" in sys.modules)
+"""
+
+
+def call(*arguments):
+    try:
+        return export.main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        return exit.code
+
+
+def test_a_stablehlo_file_runs_elsewhere_for_any_number_of_images(tmp_path, capsys):
+    pytest.importorskip("flatbuffers", reason=NO_FLATBUFFERS)
+    model, config = small_run.make(tmp_path / "run", family="caformer")
+    assert call("--weights", tmp_path / "run", "--output", tmp_path / "model.stablehlo") == 0
+    assert "model.stablehlo: caformer, " in capsys.readouterr().out
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), np.uint8)
+    np.save(tmp_path / "pixels.npy", pixels)
+    result = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    images = (pixels / 255 - config.data.mean[0]) / config.data.std[0]
+    expected = nnx.jit(lambda model, x: model(x))(model, images.astype(np.float32))
+    with np.load(tmp_path / "logits.npz") as logits:
+        assert reference.relative_error(logits["arr_0"], expected) < 1e-5
+        assert reference.relative_error(logits["arr_1"], expected[:1]) < 1e-5
+    label = int(np.argmax(expected[0]))
+    assert result.stdout.strip() == f"('cpu', 'cuda', 'tpu') {label} False"
+
+
+def small_model(family):
+    model = MetaFormer(
+        FAMILIES[family].spec(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64)),
+        num_classes=5,
+        image_size=32,
+        rngs=nnx.Rngs(0),
+    )
+    rng = np.random.default_rng(0)
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable.set_value(variable[...] + 0.2 * rng.standard_normal(variable.shape, np.float32))
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_onnx_file_gives_the_models_logits_for_any_number_of_images(family):
+    pytest.importorskip("jax2onnx", reason=NO_ONNX)
+    runtime = pytest.importorskip("onnxruntime", reason=NO_ONNX)
+    model = small_model(family)
+    session = runtime.InferenceSession(artefacts.export_onnx(model))
+    (given,), (answered,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape) == ("images", ["batch", 32, 32, 3])
+    assert (answered.name, answered.shape) == ("logits", ["batch", 5])
+    images = reference.images(3, 32, 32)
+    expected = nnx.jit(lambda model, x: model(x))(model, images)
+    for size in (3, 1):
+        (logits,) = session.run(["logits"], {"images": images[:size]})
+        assert reference.relative_error(logits, expected[:size]) < 1e-5
+
+
+def test_the_model_is_as_before_an_export():
+    pytest.importorskip("jax2onnx", reason=NO_ONNX)
+    model = small_model("convformer")
+    artefacts.export_onnx(model)
+    assert type(model.stages[0][0].token_mixer.dwconv).__name__ == "DepthwiseConv"
+    assert nnx.Conv.__call__ is artefacts._Conv.__call__
+
+
+def test_the_description_is_what_the_classifier_does(tmp_path):
+    from metaformer_jax.inference import load_classifier
+
+    small_run.make(tmp_path / "run")
+    about = json.loads(json.dumps(artefacts.describe(load_classifier(weights=tmp_path / "run"))))
+    assert about["output"]["shape"] == ["batch", 10]
+    assert about["class_names"] == list("0123456789")
+    assert (about["input"]["mean"], about["input"]["std"]) == ([0.305], [0.376])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "model.bin"], "--format must be given for model.bin"),
+        (["--output", "m.json", "--format", "onnx"], "must not end in .json"),
+        (["--output", "m.onnx"], "`name` (--model) must be given"),
+        (["--output", "m.onnx", "--model", "caformer_s81"], "Did you mean caformer_s18"),
+        (["--output", "there.stablehlo", "--model", "caformer_s18"], "must not exist yet"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.json").touch()
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert sum("error: " in line for line in error.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["there.json"]
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "suffix"),
+    [("flatbuffers", "export", "stablehlo"), ("jax2onnx", "onnx", "onnx")],
+)
+def test_a_missing_library_names_the_extra(module, extra, suffix, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    small_run.make(tmp_path / "run")
+    assert call("--weights", tmp_path / "run", "--output", tmp_path / f"model.{suffix}") == 2
+    error = capsys.readouterr().err
+    assert f'pip install "metaformer-jax[{extra}]"' in error
+    assert not (tmp_path / "model.json").exists()
