@@ -6,19 +6,21 @@ Any field of the config can be overridden: --config.epochs=10 --config.optimizer
 """
 
 import itertools
+import os
 import pathlib
+import signal
 import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from metaformer_jax.training.preemption import EXIT_CODE as PREEMPTED
+from metaformer_jax.training.preemption import PreemptedError
+
 # Exit codes.
 TRAINING_FAILED = 1
 USAGE_ERROR = 2
-# Told to end (SIGTERM, or by the cluster) and saved: the same command continues. It is what
-# sysexits.h calls a temporary failure.
-PREEMPTED = 75
 INTERRUPTED = 130
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
@@ -99,11 +101,14 @@ def main(argv: list[str]) -> None:
     # Orbax, JAX and matplotlib tell every step they take; --verbosity=0 shows it.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    # There is nothing to save before the training, nor after it; in it `Preemption` takes over.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
     # Flags that are wrong should say so at once, not after the imports of seconds.
+    import jax
+
     from metaformer_jax.data.loader import DataError
     from metaformer_jax.training import distributed, evaluation, train
     from metaformer_jax.training.checkpoint import SaveError
-    from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
 
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
@@ -123,22 +128,31 @@ def main(argv: list[str]) -> None:
         else:
             train.train(_CONFIG.value, workdir, accept_config_changes=_ACCEPT_CONFIG_CHANGES.value)
     except (ValueError, FileNotFoundError, ImportError, DownloadError) as error:
-        _exit_with(error, USAGE_ERROR)
+        code = _tell(error, USAGE_ERROR)
     except (FloatingPointError, DataError, SaveError) as error:
-        _exit_with(error, TRAINING_FAILED)
+        code = _tell(error, TRAINING_FAILED)
     except OSError as error:
-        _exit_with(f"{error.filename or 'a file'}: {error.strerror}", TRAINING_FAILED)
+        code = _tell(f"{error.filename or 'a file'}: {error.strerror}", TRAINING_FAILED)
+    except jax.errors.JaxRuntimeError as error:
+        code = _tell(distributed.explain(error), TRAINING_FAILED)
     except PreemptedError as error:
         if distributed.is_first_process():
-            print(error)
+            print(error, flush=True)
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
-        _exit_with("stopped. The same command continues from the last checkpoint.", INTERRUPTED)
+        code = _tell("stopped. The same command continues from the last checkpoint.", INTERRUPTED)
+    else:
+        return
+    distributed.leave(code)
+
+
+def _tell(error: Exception | str, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
 
 
 def _exit_with(error: Exception | str, code: int) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(_tell(error, code))
 
 
 if __name__ == "__main__":

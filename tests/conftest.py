@@ -1,10 +1,13 @@
 """Set before JAX starts: several devices, and one cache of compiled programs for all processes."""
 
 import os
+import pathlib
 import shutil
 import tempfile
 
 import pytest
+
+_MEMORY_BEFORE = pytest.StashKey[set[str]]()
 
 # Sharding is really exercised.
 os.environ["XLA_FLAGS"] = (
@@ -18,6 +21,23 @@ if _MADE_HERE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="metaformer-jax-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in pathlib.Path("/dev/shm").glob("psm_*")}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_MEMORY_BEFORE] = _shared_memory()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails where tests left shared memory behind; while they run, nobody knows whose it is."""
+    is_worker = hasattr(session.config, "workerinput")
+    left = set() if is_worker else _shared_memory() - session.config.stash[_MEMORY_BEFORE]
+    if left:
+        print(f"\nShared memory was left behind: {', '.join(sorted(left))}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -64,6 +64,7 @@ def test_training_from_the_command_line_with_overrides(tmp_path):
         "curves.png",
         "metrics.jsonl",
         "misclassified.png",
+        "run.lock",
         "tensorboard",
     }
 

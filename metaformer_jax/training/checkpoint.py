@@ -1,5 +1,6 @@
 """Checkpoints of a run: written in the background, complete or not there at all."""
 
+import asyncio
 import contextlib
 import math
 import pathlib
@@ -14,6 +15,8 @@ from orbax.checkpoint import checkpoint_managers
 from metaformer_jax.training import settings
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.errors import first_line
+from metaformer_jax.weights.integrity import write_checksums
+from metaformer_jax.weights.workdir import ORBAX_STEP_FILES, newest_whole
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "metaformer-jax")
 
@@ -22,12 +25,21 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written."""
 
 
+class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A folder in the making, which takes its name when the checksums of its files are written."""
+
+    async def finalize(self) -> None:
+        # The folders of a step's items are finished by the same class; they are in the step's.
+        if (self.get() / ORBAX_STEP_FILES[0]).exists():
+            await asyncio.to_thread(write_checksums, self.get(), without=ORBAX_STEP_FILES)
+        await super().finalize()
+
+
 class Checkpoints:
     """The checkpoints of one run, one folder per step, with Orbax.
 
     A checkpoint holds the state, the metrics of its evaluation, the config and the versions of the
-    packages.
-    It appears under its name only when all of it is written.
+    packages, and checksums of all that. It appears under its name only when all of it is written.
 
     Args:
         directory: where they live; made if it is not there.
@@ -52,6 +64,7 @@ class Checkpoints:
                 best_fn=_accuracy,
                 # What a killed run had half written.
                 cleanup_tmp_directories=True,
+                temporary_path_class=_Checksummed,
             ),
         )
 
@@ -157,10 +170,37 @@ class Checkpoints:
         return restored["pending"]["steps"]
 
 
-def has_checkpoint(directory: pathlib.Path) -> bool:
-    """Whether a complete checkpoint is there; looking makes nothing."""
-    # Orbax writes this file last.
-    return any(directory.glob("*/_CHECKPOINT_METADATA"))
+def set_aside_damaged(directory: pathlib.Path) -> list[str]:
+    """Moves the newest checkpoints out of the way that are not whole any more.
+
+    Args:
+        directory: of the checkpoints; they move to `damaged` beside it.
+
+    Returns:
+        A sentence for each.
+
+    Raises:
+        ValueError: none is whole; nothing was moved.
+    """
+    newest, damaged = newest_whole(directory)
+    if damaged and newest is None:
+        reasons = "\n".join(f"  {error}" for error in damaged.values())
+        raise ValueError(
+            f"{directory} must hold a whole checkpoint, but none is:\n{reasons}\nBring one back "
+            "from a copy, or remove the folder to start anew."
+        )
+    sentences = []
+    for step, error in damaged.items():
+        place = directory.parent / "damaged" / str(step)
+        while place.exists():
+            place = place.with_name(f"{place.name}+")
+        place.parent.mkdir(exist_ok=True)
+        (directory / str(step)).rename(place)
+        sentences.append(
+            f"The checkpoint of step {step} is damaged and was moved to {place}; that of step "
+            f"{newest} is used. {error}"
+        )
+    return sentences
 
 
 def _accuracy(metrics: dict[str, float]) -> float:

@@ -1,11 +1,15 @@
 """Joins the processes of a run, on several hosts, before JAX looks for devices."""
 
 import os
+import sys
+from typing import NoReturn
 
 import jax
 
 # Of launchers that start several processes: how many there are.
 _SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# A process that has not been heard of for so long counts as dead, and JAX ends the others.
+_HEARTBEAT_TIMEOUT_SECONDS = 30
 
 
 def initialize(
@@ -41,10 +45,15 @@ def initialize(
             )
         if not 0 <= process_id < num_processes:  # type: ignore[operator]
             raise ValueError(f"`--process_id` must be in [0, {num_processes}), got {process_id}.")
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
+        )
     elif distributed or (distributed is None and _is_one_of_several()):
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS)
         except ValueError as error:
             raise ValueError(
                 "`--distributed` must be left out where no cluster is found in the environment "
@@ -55,6 +64,36 @@ def initialize(
 def is_first_process() -> bool:
     """Whether this is the one of all processes that speaks and writes."""
     return jax.process_index() == 0
+
+
+def explain(error: jax.errors.JaxRuntimeError) -> str:
+    """What the user can do about an error of the devices or of what joins them.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the same, where nothing is known to do.
+    """
+    reason = f"{str(error).strip().splitlines()[0].rstrip('.')}."
+    if "RESOURCE_EXHAUSTED" in reason:
+        return (
+            f"The devices have too little memory: {reason} Raise config.accumulation_steps, split "
+            "the state by config.mesh.fsdp, set config.model.remat, or lower config.batch_size."
+        )
+    if jax.distributed.is_initialized():
+        return (
+            f"Another process of this training has died or is out of reach: {reason} Start all of "
+            "them again by the same command; they continue from the last checkpoint."
+        )
+    raise error
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process with an exit code, without waiting for others that may wait for it."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # JAX's own way out waits until all processes take it. These learn of it by the heartbeat.
+        os._exit(code)
+    sys.exit(code)
 
 
 def _is_one_of_several() -> bool:

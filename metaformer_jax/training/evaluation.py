@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,13 @@ import ml_collections
 import numpy as np
 from rich.console import Console
 
-from metaformer_jax.training.checkpoint import has_checkpoint
 from metaformer_jax.training.pictures import draw_misclassified
 from metaformer_jax.training.progress import evaluation_progress
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.convert import Variables
 from metaformer_jax.weights.pretrained import fitted_variables
-from metaformer_jax.weights.workdir import entries
+from metaformer_jax.weights.workdir import entries, saved_steps
 
 # Most of what a picture of misclassified images can show at a readable size.
 _MAX_PICTURED = 48
@@ -54,13 +54,27 @@ class Evaluation:
         )
 
 
-def evaluate_state(run: Run, state: TrainState, *, console: Console | None = None) -> Evaluation:
+class StoppedError(RuntimeError):
+    """An evaluation was stopped before its end."""
+
+
+def evaluate_state(
+    run: Run,
+    state: TrainState,
+    *,
+    console: Console | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Evaluates parameters on every example of the run's evaluation source, once each.
 
     Args:
         run: data, model and devices.
         state: the parameters.
         console: where a bar shows how far it is; none by default.
+        is_stopped: asked before each batch.
+
+    Raises:
+        StoppedError: it was.
     """
     num_batches = -(-len(run.eval_source) // run.eval_batch_size)
     with (
@@ -69,6 +83,8 @@ def evaluate_state(run: Run, state: TrainState, *, console: Console | None = Non
     ):
         outputs = []
         for batch in batches:
+            if is_stopped():
+                raise StoppedError
             outputs.append(run.engine.eval_step(state, batch))
             # One batch is computed while the next is placed, and no more are held.
             if len(outputs) > 1:
@@ -109,7 +125,7 @@ def evaluate(
         evaluation = evaluate_state(run, _pretrained_state(run), console=console)
         console.print(str(evaluation), highlight=False, soft_wrap=True)
         return evaluation
-    if not has_checkpoint(workdir / "checkpoints"):
+    if not saved_steps(workdir / "checkpoints"):
         raise ValueError(
             f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with "
             "--mode=train; or leave it out to evaluate config.model.pretrained."

@@ -4,12 +4,12 @@ import hashlib
 import json
 import math
 import pathlib
+import sys
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 import numpy as np
-import tensorboardX
 from jaxtyping import UInt8
 
 from metaformer_jax.training.guard import Guard
@@ -95,7 +95,7 @@ class MetricWriter:
         rewritten.replace(path)
         self._wandb = _start_wandb(wandb_project, workdir, config or {}) if wandb_project else None
         self._file = path.open("a")
-        self._events = tensorboardX.SummaryWriter(
+        self._events = _import_tensorboardx().SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start_step + 1
         )
 
@@ -134,6 +134,19 @@ class MetricWriter:
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(kind is not None))
+
+
+def _import_tensorboardx() -> Any:
+    # It would import torch where that is installed, for what is not used here: seconds.
+    hides_torch = "torch" not in sys.modules
+    if hides_torch:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import tensorboardX
+    finally:
+        if hides_torch:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) -> Any:

@@ -1,9 +1,8 @@
-"""Checks a config before any work, and remembers the one that a workdir was made with."""
+"""Checks a config before any work, and compares it with another."""
 
 import contextlib
 import difflib
 import json
-import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -109,43 +108,6 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def claim_workdir(
-    workdir: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    *,
-    accept_changes: bool = False,
-    is_writer: bool = True,
-) -> None:
-    """Makes the folder and writes `config.json`, or checks that this config made it.
-
-    Args:
-        workdir: the run's folder.
-        config: what the run does.
-        accept_changes: another config may have made it.
-        is_writer: whether this process writes; each one checks.
-
-    Raises:
-        ValueError: another config made it, and `accept_changes` is not set; or it cannot be
-            written to.
-    """
-    mine = as_json(config)
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not accept_changes:
-            _check_same(json.loads(path.read_text()), mine, workdir)
-        if not is_writer:
-            return
-        part = path.with_suffix(".tmp")
-        part.write_text(json.dumps(mine, indent=2) + "\n")
-        part.replace(path)
-    except OSError as error:
-        raise ValueError(
-            f"`workdir` must be a folder that can be written to, got {str(workdir)!r}: "
-            f"{error.strerror}."
-        ) from error
-
-
 def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     """A line for each field, of two flat configs out of JSON, that is not the same."""
     absent = "(absent)"
@@ -159,12 +121,3 @@ def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The flat config as JSON gives it back: lists for tuples."""
     return json.loads(json.dumps(flatten(config)))
-
-
-def _check_same(theirs: dict[str, Any], mine: dict[str, Any], workdir: pathlib.Path) -> None:
-    if changes := differences(theirs, mine):
-        raise ValueError(
-            f"`workdir` must be new or made by the same config, but {str(workdir)!r} was made with "
-            "other values:\n" + "\n".join(changes) + "\nUse another --workdir, or continue "
-            "this one with the new values by --accept_config_changes."
-        )

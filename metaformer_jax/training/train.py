@@ -17,9 +17,15 @@ from rich.console import Console
 
 from metaformer_jax import models
 from metaformer_jax.training import settings
-from metaformer_jax.training.checkpoint import Checkpoints, has_checkpoint
+from metaformer_jax.training.checkpoint import Checkpoints, set_aside_damaged
+from metaformer_jax.training.claim import claimed_workdir
 from metaformer_jax.training.distributed import is_first_process
-from metaformer_jax.training.evaluation import Evaluation, evaluate_state, picture_misclassified
+from metaformer_jax.training.evaluation import (
+    Evaluation,
+    StoppedError,
+    evaluate_state,
+    picture_misclassified,
+)
 from metaformer_jax.training.guard import Guard
 from metaformer_jax.training.metrics import MetricWriter, PendingMetrics, read_metrics
 from metaformer_jax.training.pictures import batch_figure, draw_curves, save, to_array
@@ -27,6 +33,8 @@ from metaformer_jax.training.preemption import PreemptedError, Preemption
 from metaformer_jax.training.progress import TrainingProgress
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
+from metaformer_jax.weights.convert import Variables
+from metaformer_jax.weights.workdir import saved_steps
 
 # Most of a batch that a picture can show at a readable size.
 _MAX_PICTURED = 48
@@ -61,32 +69,25 @@ def train(
     # One process tells what all do.
     console.quiet = console.quiet or not is_first_process()
     run = Run(config)
+    directory = workdir / "checkpoints"
     # What does not fit shows before a workdir is made.
-    variables = {} if has_checkpoint(workdir / "checkpoints") else run.pretrained_variables()
-    settings.claim_workdir(
+    variables = {} if saved_steps(directory) else run.pretrained_variables()
+    claimed = claimed_workdir(
         workdir,
         config,
         accept_changes=accept_config_changes,
         is_writer=is_first_process(),
     )
-    multihost_utils.sync_global_devices("workdir claimed")
-    engine = run.engine
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        start_step = checkpoints.latest_step() or 0
-        _describe(run, workdir, start_step, console)
-        if start_step:
-            state = checkpoints.restore(engine.abstract_state, config)
-        else:
-            state = engine.with_weights(engine.initial_state(), variables)
-        if start_step < run.total_steps:
-            evaluation = _Training(run, workdir, checkpoints, console).finish(state, start_step)
-        else:
-            evaluation = evaluate_state(
-                run, engine.averaged(state) if state.ema else state, console=console
-            )
-    if is_first_process():
-        draw_curves(read_metrics(workdir), workdir / "curves.png")
-        picture_misclassified(run, evaluation, workdir / "misclassified.png")
+    with Preemption() as preemption, claimed:
+        if is_first_process():
+            for sentence in set_aside_damaged(directory):
+                console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
+        multihost_utils.sync_global_devices("workdir claimed")
+        with Checkpoints(directory, keep=config.checkpoint.keep) as checkpoints:
+            evaluation = _Training(run, workdir, checkpoints, preemption, console).finish(variables)
+        if is_first_process():
+            draw_curves(read_metrics(workdir), workdir / "curves.png")
+            picture_misclassified(run, evaluation, workdir / "misclassified.png")
     console.print(str(evaluation), highlight=False, soft_wrap=True)
     console.print(f"checkpoint, metrics and pictures: {workdir}", highlight=False, soft_wrap=True)
     return evaluation
@@ -112,11 +113,19 @@ def preview(
 class _Training:
     """The loop over the steps, and what is done every so many of them."""
 
-    def __init__(self, run: Run, workdir: pathlib.Path, checkpoints: Checkpoints, console: Console):
+    def __init__(
+        self,
+        run: Run,
+        workdir: pathlib.Path,
+        checkpoints: Checkpoints,
+        preemption: Preemption,
+        console: Console,
+    ):
         self._run = run
         self.config = run.config
         self.workdir = workdir
         self.checkpoints = checkpoints
+        self.preemption = preemption
         self.console = console
         skips = self.config.on_nonfinite == "skip"
         self.guard = Guard(
@@ -127,14 +136,28 @@ class _Training:
         )
         self.held_out = ""
 
-    def finish(self, state: TrainState, start_step: int) -> Evaluation:
+    def finish(self, variables: Variables) -> Evaluation:
+        """Trains to the end, from the newest checkpoint on or from these values."""
+        run, engine = self._run, self._run.engine
+        start_step = self.checkpoints.latest_step() or 0
+        _describe(run, self.workdir, start_step, self.console)
+        if start_step:
+            state = self.checkpoints.restore(engine.abstract_state, self.config)
+        else:
+            state = engine.with_weights(engine.initial_state(), variables)
+        if start_step < run.total_steps or self._lacks_evaluation(start_step):
+            return self._train(state, start_step)
+        return evaluate_state(
+            run, engine.averaged(state) if state.ema else state, console=self.console
+        )
+
+    def _train(self, state: TrainState, start_step: int) -> Evaluation:
         """Trains from after `start_step` to the end."""
         run, config, total_steps = self._run, self.config, self._run.total_steps
         pending = PendingMetrics(self.guard, self.checkpoints.pending_metrics())
         macs = models.count(lambda: run.engine.build(nnx.Rngs(0))).macs
         with (
             contextlib.ExitStack() as trace,
-            Preemption() as preemption,
             run.training_batches(start_step) as batches,
             MetricWriter(
                 self.workdir,
@@ -151,6 +174,8 @@ class _Training:
                 macs_per_image=macs,
             ) as progress,
         ):
+            if self._lacks_evaluation(start_step):
+                evaluation = self._evaluate(state, start_step, writer)
             train_step: Step | None = None
             for step in range(start_step + 1, total_steps + 1):
                 with progress.waiting_for_data():
@@ -162,6 +187,7 @@ class _Training:
                     writer.write_picture(0, "train/batch", picture)
                 self._trace(trace, step)
                 self.guard.expect(step, batches.indices)
+                self.preemption.trained()
                 state, metrics = train_step(state, batch)
                 pending.add(step, metrics, num_replaced=batches.num_replaced)
                 progress.update(step)
@@ -172,14 +198,18 @@ class _Training:
                     speed = progress.speed(step)
                     progress.show(step, row | speed, held_out=self.held_out)
                     writer.write(step, train=row, speed=speed)
+                stopped = False
                 if saves or run.is_due(config.eval_every_epochs, step):
+                    figures = None
                     with progress.paused():
-                        evaluation = self._evaluate(state, step, writer)
+                        try:
+                            evaluation = self._evaluate(state, step, writer)
+                            figures = evaluation.figures()
+                        except StoppedError:
+                            stopped = True
                         if saves:
-                            self.checkpoints.save(
-                                state, evaluation.figures(), pending.to_host(), config
-                            )
-                if preemption.reached(step) and step < total_steps:
+                            self.checkpoints.save(state, figures, pending.to_host(), config)
+                if stopped or (self.preemption.reached(step) and step < total_steps):
                     if not saves:
                         self.checkpoints.save(state, None, pending.to_host(), config)
                     self.checkpoints.wait()
@@ -222,15 +252,36 @@ class _Training:
 
     def _evaluate(self, state: TrainState, step: int, writer: MetricWriter) -> Evaluation:
         """Evaluates, and logs it; the average's evaluation, where there is one."""
-        evaluation = evaluate_state(self._run, state, console=self.console)
+
+        def evaluated(state: TrainState) -> Evaluation:
+            return evaluate_state(
+                self._run,
+                state,
+                console=self.console,
+                is_stopped=lambda: self.preemption.noticed,
+            )
+
+        evaluation = evaluated(state)
         rows = {"eval": evaluation.figures()}
         if state.ema:
-            averaged = self._run.engine.averaged(state)
-            evaluation = evaluate_state(self._run, averaged, console=self.console)
+            evaluation = evaluated(self._run.engine.averaged(state))
             rows["eval_ema"] = evaluation.figures()
         writer.write(step, **rows)
         self.held_out = f"  held out {evaluation.accuracy:.1%}"
         return evaluation
+
+    def _lacks_evaluation(self, start_step: int) -> bool:
+        """Whether the run was told to end in the evaluation that follows this step."""
+        if not start_step:
+            return False
+        config = self.config
+        due = any(
+            self._run.is_due(every_epochs, start_step)
+            for every_epochs in (config.eval_every_epochs, config.checkpoint.every_epochs)
+        )
+        return due and not any(
+            row["step"] == start_step and "eval/loss" in row for row in read_metrics(self.workdir)
+        )
 
 
 def _batch_figure(run: Run, batch: dict[str, jax.Array], step: int) -> Figure:

@@ -20,13 +20,13 @@ def write_checksums(folder: str | os.PathLike[str], *, without: Collection[str] 
 
     Args:
         folder: all files in it, at any depth, count.
-        without: names of files that change later.
+        without: files directly in it that change later.
     """
     folder = pathlib.Path(folder)
     files = {
         name: [path.stat().st_size, crc32c(path)]
         for name, path in sorted(_files(folder).items())
-        if path.name not in without
+        if name not in without
     }
     (folder / CHECKSUMS_NAME).write_text(json.dumps({"files": files}, indent=1) + "\n")
 

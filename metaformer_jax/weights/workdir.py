@@ -1,4 +1,4 @@
-"""The weights of a training run, read out of its workdir."""
+"""The checkpoints of a training run in its workdir, and the weights in them."""
 
 import contextlib
 import json
@@ -11,10 +11,42 @@ import numpy as np
 
 from metaformer_jax.weights.converted import flat_tensors, orbax_handler
 from metaformer_jax.weights.errors import CheckpointError, first_line
+from metaformer_jax.weights.integrity import verify
 
 _CHECKPOINTS = "checkpoints"
-# Orbax writes it last.
-_COMMITTED = "_CHECKPOINT_METADATA"
+# What Orbax writes into the folder of a step when all else is there.
+ORBAX_STEP_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+def saved_steps(checkpoints: pathlib.Path) -> list[int]:
+    """The steps of all checkpoints that were written to their end, newest first."""
+    # While one is written its folder has a longer name.
+    steps = [int(folder.name) for folder in checkpoints.glob("*") if folder.name.isdecimal()]
+    return sorted(steps, reverse=True)
+
+
+def newest_whole(checkpoints: pathlib.Path) -> tuple[int | None, dict[int, CheckpointError]]:
+    """The step of the newest checkpoint with nothing missing or changed; what ails newer ones."""
+    damaged = {}
+    for step in saved_steps(checkpoints):
+        try:
+            verify_checkpoint(checkpoints / str(step))
+        except CheckpointError as error:
+            damaged[step] = error
+        else:
+            return step, damaged
+    return None, damaged
+
+
+def verify_checkpoint(folder: pathlib.Path) -> None:
+    """Compares all files of a checkpoint with the checksums that were written with them.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written.
+    """
+    if missing := [name for name in ORBAX_STEP_FILES if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder} must hold {missing[0]}, got no such file.")
+    verify(folder)
 
 
 def is_workdir(path: pathlib.Path) -> bool:
@@ -38,6 +70,7 @@ def entries(path: pathlib.Path) -> list[str]:
     """
     state = _newest_state(path)
     with _explained(state):
+        verify_checkpoint(state.parent)
         metadata = orbax_handler().metadata(state).tree
         return [entry for entry in ("params", "ema") if metadata.get(entry)]
 
@@ -80,12 +113,12 @@ def read_workdir(
 
 def _newest_state(path: pathlib.Path) -> pathlib.Path:
     folder = path / _CHECKPOINTS
-    steps = [int(entry.parent.name) for entry in folder.glob(f"*/{_COMMITTED}")]
+    steps = saved_steps(folder)
     if not steps:
         raise CheckpointError(
             f"`path` must be a run with a checkpoint, got {path}, which has none yet."
         )
-    return (folder / str(max(steps)) / "state").absolute()
+    return (folder / str(steps[0]) / "state").absolute()
 
 
 @contextlib.contextmanager
@@ -94,7 +127,8 @@ def _explained(state: pathlib.Path) -> Iterator[None]:
         yield
     # Damage shows in any layer below: Orbax, TensorStore, JSON.
     except Exception as error:
-        reason = first_line(error)
+        reason = first_line(error).rstrip(".")
         raise CheckpointError(
-            f"{state} must be a whole checkpoint of a training run, got: {reason}"
+            f"{state.parent} must be a whole checkpoint of a training run, got: {reason}. Remove "
+            "this folder to read the checkpoint before it."
         ) from error

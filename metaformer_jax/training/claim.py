@@ -1,0 +1,116 @@
+"""A workdir belongs to one config, and at any time to one run."""
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from metaformer_jax.training import settings
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs apart.
+    fcntl = None  # type: ignore[assignment]
+
+_LOCK_NAME = "run.lock"
+
+
+@contextlib.contextmanager
+def claimed_workdir(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    *,
+    accept_changes: bool = False,
+    is_writer: bool = True,
+) -> Iterator[None]:
+    """Makes the folder and writes `config.json`, or checks that this config made it.
+
+    Within the context no other run can claim it. The system gives it free when the process ends,
+    however that happens.
+
+    Args:
+        workdir: the run's folder.
+        config: what the run does.
+        accept_changes: another config may have made it.
+        is_writer: whether this process writes; each one checks the config, and this one locks.
+
+    Raises:
+        ValueError: another config made it, and `accept_changes` is not set; another run is using
+            it; or it cannot be written to.
+    """
+    mine = settings.as_json(config)
+    with contextlib.ExitStack() as lock:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            path = workdir / "config.json"
+            if path.exists() and not accept_changes:
+                _check_same(path, mine)
+            if is_writer:
+                lock.enter_context(_locked(workdir))
+                part = path.with_suffix(".tmp")
+                part.write_text(json.dumps(mine, indent=2) + "\n")
+                part.replace(path)
+        except OSError as error:
+            raise ValueError(
+                f"`workdir` must be a folder that can be written to, got {str(workdir)!r}: "
+                f"{error.strerror}."
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+    path = workdir / _LOCK_NAME
+    # Not opened for writing as usual: that would empty what the other run has written.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"`workdir` must not be in use, but {str(workdir)!r} is: "
+                    f"{_described(os.read(descriptor, 4096))}. Wait for that run, end it, or use "
+                    "another --workdir."
+                ) from error
+        me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(me).encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _described(content: bytes) -> str:
+    try:
+        run = json.loads(content)
+        return f"process {run['pid']} on {run['host']} trains in it since {run['since']}"
+    except (ValueError, TypeError, KeyError):
+        return "another process trains in it"
+
+
+def _check_same(path: pathlib.Path, mine: dict[str, Any]) -> None:
+    try:
+        theirs = json.loads(path.read_bytes())
+        assert isinstance(theirs, dict)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{path} must be the JSON that a run wrote, got something else. Restore it, or write "
+            "it anew by --accept_config_changes."
+        ) from error
+    if changes := settings.differences(theirs, mine):
+        raise ValueError(
+            f"`workdir` must be new or made by the same config, but {str(path.parent)!r} was made "
+            "with other values:\n" + "\n".join(changes) + "\nUse another --workdir, or continue "
+            "this one with the new values by --accept_config_changes."
+        )

@@ -1,0 +1,39 @@
+"""A run that has no room to save says so, and loses nothing that was saved."""
+
+import re
+import subprocess
+
+import pytest
+import runs
+
+from metaformer_jax.main import TRAINING_FAILED
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for a few checkpoints."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", tmp_path]
+    try:
+        result = subprocess.run(mount, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no program `mount` to make a small file system with")
+    if result.returncode:
+        pytest.skip("a small file system takes the right to mount one, as root has")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_on_a_full_disk_a_run_stops_and_with_room_ends_as_the_undisturbed(undisturbed, small_disk):
+    workdir = small_disk / "run"
+    code, _, errors = runs.end(runs.start(workdir, "--config.checkpoint.keep=100"))
+    assert code == TRAINING_FAILED, errors
+    message = runs.error_line(errors)
+    assert "A checkpoint could not be written" in message or "No space left" in message
+    # No later than with the next save: it is not trained on without.
+    steps = [row["step"] for row in runs.rows(workdir) if "eval/loss" in row]
+    saved = runs.saved_steps(workdir)
+    assert steps.index(saved[-1]) >= len(steps) - 3
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    output = runs.finish(runs.start(workdir, "--config.checkpoint.keep=100"))
+    assert re.search(f"continuing after step {saved[-1]}", output)
+    runs.assert_same_run(workdir, undisturbed)

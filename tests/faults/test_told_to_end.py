@@ -1,0 +1,70 @@
+"""A run that is told to end saves once, says so by its exit code, and goes on where it was."""
+
+import contextlib
+import os
+import signal
+import subprocess
+
+import runs
+
+from metaformer_jax.training.preemption import EXIT_CODE
+
+
+def _read_until(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"it ended before {text!r}: {process.stderr.read()}")
+
+
+def test_told_again_and_again_it_saves_one_checkpoint_and_goes_on(undisturbed, tmp_path):
+    process = runs.start(tmp_path, "--config.data.num_workers=1")
+    with runs.ended(process):
+        runs.wait_for_step(tmp_path, 30, [process])
+        # As clusters do it: all processes are told, those that read the data as well; and then
+        # again, while it saves.
+        while process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
+        code, output, errors = runs.end(process)
+    assert (code, errors) == (EXIT_CODE, "")
+    saved = runs.saved_steps(tmp_path)[-1]
+    assert saved >= 30
+    assert f"step {saved} of {runs.LAST_STEP} is saved" in output
+    continued = runs.start(tmp_path, "--accept_config_changes")
+    assert f"continuing after step {saved}" in runs.finish(continued)
+    runs.assert_same_run(tmp_path, undisturbed)
+
+
+def test_told_while_it_compiles_it_ends_at_once(tmp_path):
+    # Without what was compiled before it takes many seconds.
+    process = runs.start(tmp_path, JAX_ENABLE_COMPILATION_CACHE="0")
+    with runs.ended(process):
+        _read_until(process, "compiling the training step")
+        process.send_signal(signal.SIGTERM)
+        code, output, errors = runs.end(process)
+    assert (code, errors) == (EXIT_CODE, "")
+    assert output == "told to end: there was nothing to save yet.\n"
+    assert not runs.saved_steps(tmp_path)
+
+
+def test_told_in_an_evaluation_it_makes_up_for_it(undisturbed, tmp_path):
+    # The fifth of six batches is one of the average's evaluation.
+    process = runs.start(tmp_path, tamper={"die": ["evaluation", 5], "by": "SIGTERM"})
+    code, output, errors = runs.end(process)
+    assert (code, errors) == (EXIT_CODE, "")
+    (saved,) = runs.saved_steps(tmp_path)
+    assert f"step {saved} of {runs.LAST_STEP} is saved" in output
+    assert not any("eval/loss" in row for row in runs.rows(tmp_path))
+    runs.finish(runs.start(tmp_path))
+    runs.assert_same_run(tmp_path, undisturbed)
+
+
+def test_told_in_the_last_evaluation_it_makes_up_for_that_too(undisturbed, tmp_path):
+    last = 6 * len([row for row in runs.rows(undisturbed) if "eval/loss" in row])
+    process = runs.start(tmp_path, tamper={"die": ["evaluation", last], "by": "SIGTERM"})
+    assert runs.end(process)[0] == EXIT_CODE
+    assert runs.saved_steps(tmp_path)[-1] == runs.LAST_STEP
+    assert "compiling" not in runs.finish(runs.start(tmp_path))
+    runs.assert_same_run(tmp_path, undisturbed)
