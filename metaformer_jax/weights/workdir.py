@@ -70,6 +70,7 @@ def entries(path: pathlib.Path) -> list[str]:
     """
     state = _newest_state(path)
     with _explained(state):
+        verify_checkpoint(state.parent)
         metadata = orbax_handler().metadata(state).tree
         return [entry for entry in ("params", "ema") if metadata.get(entry)]
 
@@ -98,7 +99,6 @@ def read_workdir(
     state = _newest_state(path)
     handler = orbax_handler()
     with _explained(state):
-        verify_checkpoint(state.parent)
         metadata: dict[str, Any] = handler.metadata(state).tree
         # The optimiser's moments, twice as large, stay on the disk.
         wanted = {name: metadata[name] for name in (entry, "frozen") if metadata.get(name)}

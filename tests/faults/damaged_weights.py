@@ -19,7 +19,10 @@ from flax import nnx
 from mutations import attempt, mutations
 
 from metaformer_jax.models import Attention, MetaFormer, MetaFormerSpec, SepConv
-from metaformer_jax.weights import CheckpointError, converted, files
+from metaformer_jax.training import recipes
+from metaformer_jax.training.checkpoint import Checkpoints
+from metaformer_jax.training.step import TrainState
+from metaformer_jax.weights import CheckpointError, converted, files, workdir
 from metaformer_jax.weights.convert import to_tensors, variables_of
 
 SPEC = MetaFormerSpec(
@@ -112,10 +115,35 @@ def read_damaged_files(kind, folder, seed, number):
     return endings
 
 
-def read_damaged_folders(folder, seed, number):
-    path = folder / "converted"
+def write_folder(path):
     converted.write_folder(path, variables(), record(), force=True)
-    expected, whole_record = converted.read_folder(path)
+
+
+def write_workdir(path):
+    state = TrainState(
+        step=np.int32(1),
+        params=nnx.traversals.unflatten_mapping(variables()),
+        frozen={},
+        opt_state={"mu": np.ones(3, np.float32)},
+        ema={},
+        num_skipped=np.int32(0),
+    )
+    with Checkpoints(path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(state, {"accuracy": 0.5}, [], recipes.digits())
+
+
+# How a folder is written, and how its tensors are read.
+FOLDERS = {
+    "folder": (write_folder, converted.read_folder),
+    "workdir": (write_workdir, workdir.read_workdir),
+}
+
+
+def read_damaged_folders(kind, folder, seed, number):
+    write, read = FOLDERS[kind]
+    path = folder / kind
+    write(path)
+    expected, beside = read(path)
     endings = collections.Counter()
     parts = sorted(part for part in path.rglob("*") if part.is_file())
     for index, part in enumerate(parts):
@@ -123,12 +151,12 @@ def read_damaged_folders(folder, seed, number):
         share = -(-number // len(parts))
         for damaged in [None, *mutations(whole, share, seed=seed * 1000 + index)]:
             part.unlink() if damaged is None else part.write_bytes(damaged)
-            read, error = attempt(lambda: converted.read_folder(path), CheckpointError)
-            ok = error or (same(read[0], expected) and read[1] == whole_record)
+            given, error = attempt(lambda: read(path), CheckpointError)
+            ok = error or (same(given[0], expected) and given[1] == beside)
             assert ok, f"{part}: {seed} gave other tensors"
             endings["refused" if error else "read"] += 1
         part.write_bytes(whole)
-    assert same(converted.read_folder(path)[0], expected)
+    assert same(read(path)[0], expected)
     return endings
 
 
@@ -138,7 +166,7 @@ def main(folder, seed, number, *kinds):
         if kind in FILES:
             endings = read_damaged_files(kind, pathlib.Path(folder), int(seed), int(number))
         else:
-            endings = read_damaged_folders(pathlib.Path(folder), int(seed), int(number))
+            endings = read_damaged_folders(kind, pathlib.Path(folder), int(seed), int(number))
         counts[kind] = endings
     print(json.dumps(counts))
 

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from metaformer_jax import main as program
 from metaformer_jax.training import settings
 
-pytestmark = pytest.mark.faults
-
 REPOSITORY = pathlib.Path(__file__).parents[2]
 # What people and programs write behind an equals sign, in one line.
 TEXTS = (

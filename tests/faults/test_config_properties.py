@@ -15,8 +15,6 @@ from metaformer_jax import models
 from metaformer_jax.training import recipes, run
 from metaformer_jax.training.settings import check_fields, flatten
 
-pytestmark = pytest.mark.faults
-
 # Where two fields contradict each other, the message may begin with the other one.
 CONTRADICTS = {
     "accumulation_steps": "`config.batch_size`",

@@ -19,7 +19,7 @@ from metaformer_jax.data.augment import EvalTransform, TrainTransform
 from metaformer_jax.data.sources import BadRecordError
 from metaformer_jax.data.transforms import BadImageError, decode
 
-pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 # For the readers of 6 formats; more than a damaged header of a small image can claim.

@@ -21,8 +21,6 @@ from metaformer_jax.data.tfds_source import TfdsSource
 from metaformer_jax.data.tfrecord import TfRecords
 from metaformer_jax.data.transforms import BadImageError, decode
 
-pytestmark = pytest.mark.faults
-
 RECORDS = [np.random.default_rng(index).bytes(37 * index) for index in range(8)]
 # Inputs to one process that reads by native code.
 _BATCH = 500

@@ -1,9 +1,9 @@
 """Damaged weights are refused, wherever the file has a checksum of what was damaged.
 
-It has in converted folders, in the portable files and in what torch.save writes. The data of a
-safetensors file of another origin have none: a flipped bit there gives the value that stands in
-the file, under the same name and in the same shape. Nor has its header, or a file of torch before
-1.6: what they give still has to fit a model's every tensor.
+It has in converted folders, in the checkpoints of a run, in the portable files and in what
+torch.save writes. The data of a safetensors file of another origin have none: a flipped bit there
+gives the value that stands in the file, under the same name and in the same shape. Nor has its
+header, or a file of torch before 1.6: what they give still has to fit a model's every tensor.
 """
 
 import json
@@ -11,15 +11,12 @@ import os
 import subprocess
 import sys
 
-import pytest
-from damaged_weights import FILES
+from damaged_weights import FILES, FOLDERS
 from mutations import FACTOR
-
-pytestmark = pytest.mark.faults
 
 
 def test_damaged_weights_are_refused_or_give_the_same(tmp_path):
-    kinds = [*FILES, "folder"]
+    kinds = [*FILES, *FOLDERS]
     for seed in range(FACTOR):
         program = os.path.join(os.path.dirname(__file__), "damaged_weights.py")
         ended = subprocess.run(

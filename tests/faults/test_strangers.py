@@ -33,8 +33,6 @@ from metaformer_jax.weights import CheckpointError, converted, files
 from metaformer_jax.weights.convert import to_tensors
 from metaformer_jax.weights.integrity import CHECKSUMS_NAME, write_checksums
 
-pytestmark = pytest.mark.faults
-
 
 @pytest.fixture(autouse=True)
 def nothing_else_is_written(tmp_path, monkeypatch):
