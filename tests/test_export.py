@@ -81,11 +81,12 @@ def small_model(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_onnx_file_gives_the_models_logits_for_any_number_of_images(family):
+def test_an_onnx_file_gives_the_models_logits_for_any_number_of_images(family, caplog):
     pytest.importorskip("jax2onnx", reason=NO_ONNX)
     runtime = pytest.importorskip("onnxruntime", reason=NO_ONNX)
     model = small_model(family)
     session = runtime.InferenceSession(artefacts.export_onnx(model))
+    assert caplog.records == []
     (given,), (answered,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.shape) == ("images", ["batch", 32, 32, 3])
     assert (answered.name, answered.shape) == ("logits", ["batch", 5])
