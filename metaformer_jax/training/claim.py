@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import socket
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,12 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
                     f"{_described(os.read(descriptor, 4096))}. Wait for that run, end it, or use "
                     "another --workdir."
                 ) from error
+            except OSError as error:
+                warnings.warn(
+                    f"{str(workdir)!r} lies on a file system without locks ({error.strerror}): "
+                    "nothing keeps a second run out of it.",
+                    stacklevel=2,
+                )
         me = {
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import os
 import pathlib
 import sys
+import time
 from types import TracebackType
 from typing import Any, Self
 
@@ -95,9 +97,7 @@ class MetricWriter:
         rewritten.replace(path)
         self._wandb = _start_wandb(wandb_project, workdir, config or {}) if wandb_project else None
         self._file = path.open("a")
-        self._events = _import_tensorboardx().SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1
-        )
+        self._events = _Events(workdir / "tensorboard", start_step)
 
     def write(self, step: int, **groups: dict[str, float]) -> None:
         """Adds one row: the values after so many updates, named `group/name`."""
@@ -108,8 +108,7 @@ class MetricWriter:
         }
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.add_scalars(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -117,7 +116,7 @@ class MetricWriter:
         """Adds a picture to TensorBoard's events."""
         if not self._is_writer:
             return
-        self._events.add_image(name, picture, step, dataformats="HWC")
+        self._events.add_picture(step, name, picture)
 
     def __enter__(self) -> Self:
         return self
@@ -136,17 +135,57 @@ class MetricWriter:
             self._wandb.finish(exit_code=int(kind is not None))
 
 
-def _import_tensorboardx() -> Any:
+class _Events:
+    """TensorBoard's file of one start of a run, on disk after each call.
+
+    tensorboardX's usual writer works in a thread, which a full disk ends, and is then waited for
+    for ever.
+
+    Args:
+        folder: of the files of all starts.
+        start_step: TensorBoard hides what earlier starts have written of later steps.
+    """
+
+    def __init__(self, folder: pathlib.Path, start_step: int):
+        _import_tensorboardx()
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._proto, self._summary = event_pb2, summary
+        folder.mkdir(exist_ok=True)
+        self._writer = event_file_writer.EventsWriter(
+            str(folder / "events"), filename_suffix=f".{os.getpid()}"
+        )
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(start_step + 1, session_log=start)
+
+    def add_scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._add(step, summary=self._summary.scalar(name, value))
+        self._writer.flush()
+
+    def add_picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        self._add(step, summary=self._summary.image(name, picture, dataformats="HWC"))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._proto.Event(step=step, wall_time=time.time(), **content)
+        self._writer.write_event(event)
+
+
+def _import_tensorboardx() -> None:
     # It would import torch where that is installed, for what is not used here: seconds.
     hides_torch = "torch" not in sys.modules
     if hides_torch:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        import tensorboardX
+        import tensorboardX  # noqa: F401
     finally:
         if hides_torch:
             del sys.modules["torch"]
-    return tensorboardX
 
 
 def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) -> Any:
