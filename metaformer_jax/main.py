@@ -15,13 +15,12 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from metaformer_jax.training.preemption import EXIT_CODE as PREEMPTED
-from metaformer_jax.training.preemption import PreemptedError
-
-# Exit codes.
-TRAINING_FAILED = 1
-USAGE_ERROR = 2
-INTERRUPTED = 130
+from metaformer_jax.training.exit_codes import (
+    INTERRUPTED,
+    PREEMPTED,
+    TRAINING_FAILED,
+    USAGE_ERROR,
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -131,6 +130,7 @@ def main(argv: list[str]) -> None:
     from metaformer_jax.training import compile, distributed, evaluation, train
     from metaformer_jax.training.checkpoint import SaveError
     from metaformer_jax.training.compilation_cache import keep_compiled_programs
+    from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
 
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None

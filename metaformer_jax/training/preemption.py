@@ -9,9 +9,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-# Of a process that was told to end and leaves nothing unsaved: the same command continues. It is
-# what sysexits.h calls a temporary failure.
-EXIT_CODE = 75
+from metaformer_jax.training.exit_codes import PREEMPTED
 
 
 class PreemptedError(RuntimeError):
@@ -21,7 +19,7 @@ class PreemptedError(RuntimeError):
 class Preemption:
     """Within this context SIGTERM interrupts nothing; `noticed` and `reached` tell that it came.
 
-    As long as there is nothing to save, it ends the process at once, with `EXIT_CODE`: one that
+    As long as there is nothing to save, it ends the process at once, with `PREEMPTED`: one that
     compiles for minutes cannot be asked.
 
     With several processes JAX's coordination service watches for it, and all processes agree on
@@ -57,7 +55,7 @@ class Preemption:
         while numbers := os.read(read_end, 64):
             if signal.SIGTERM in numbers and not self._has_something_to_save:
                 print("told to end: there was nothing to save yet.", flush=True)
-                os._exit(EXIT_CODE)
+                os._exit(PREEMPTED)
         os.close(read_end)
 
     def __enter__(self) -> Self:

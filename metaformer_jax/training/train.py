@@ -27,6 +27,7 @@ from metaformer_jax.training.evaluation import (
     picture_misclassified,
 )
 from metaformer_jax.training.guard import Guard
+from metaformer_jax.training.memory import memory_of
 from metaformer_jax.training.metrics import MetricWriter, PendingMetrics, read_metrics
 from metaformer_jax.training.pictures import batch_figure, draw_curves, save, to_array
 from metaformer_jax.training.preemption import PreemptedError, Preemption
@@ -224,17 +225,10 @@ class _Training:
         with elapsing(self.console, "compiling the training step"):
             compiled = self._run.engine.train_step.lower(state, batch).compile()
         text = f"compiled in {time.monotonic() - started:.0f} s"
-        memory = compiled.memory_analysis()
+        memory = memory_of(compiled)
         if memory is not None:
-            # What is donated is counted among the arguments and among the outputs.
-            used = (
-                memory.argument_size_in_bytes
-                + memory.output_size_in_bytes
-                - memory.alias_size_in_bytes
-                + memory.temp_size_in_bytes
-            )
             limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-            text += f"; it takes {used / 2**30:.2f} GiB on each device"
+            text += f"; it takes {memory.total / 2**30:.2f} GiB on each device"
             text += f" of {limit / 2**30:.2f}" if limit else ""
         self.console.print(text, highlight=False)
         return compiled

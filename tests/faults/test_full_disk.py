@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import runs
 
-from metaformer_jax.main import TRAINING_FAILED
+from metaformer_jax.training.exit_codes import TRAINING_FAILED
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 import pytest
 import runs
 
-from metaformer_jax.main import TRAINING_FAILED
+from metaformer_jax.training.exit_codes import TRAINING_FAILED
 
 ARGUMENTS = runs.ARGUMENTS | {"checkpoint.every_epochs": 0.5, "eval_every_epochs": 0.5}
 # Of each moment so many kills; a run of 24 checkpoints is not finished before all are done.

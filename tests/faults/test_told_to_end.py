@@ -7,7 +7,7 @@ import subprocess
 
 import runs
 
-from metaformer_jax.training.preemption import EXIT_CODE
+from metaformer_jax.training.exit_codes import PREEMPTED
 
 
 def _read_until(process, text):
@@ -28,7 +28,7 @@ def test_told_again_and_again_it_saves_one_checkpoint_and_goes_on(undisturbed, t
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.02)
         code, output, errors = runs.end(process)
-    assert (code, errors) == (EXIT_CODE, "")
+    assert (code, errors) == (PREEMPTED, "")
     saved = runs.saved_steps(tmp_path)[-1]
     assert saved >= 30
     assert f"step {saved} of {runs.LAST_STEP} is saved" in output
@@ -44,7 +44,7 @@ def test_told_while_it_compiles_it_ends_at_once(tmp_path):
         _read_until(process, "compiling the training step")
         process.send_signal(signal.SIGTERM)
         code, output, errors = runs.end(process)
-    assert (code, errors) == (EXIT_CODE, "")
+    assert (code, errors) == (PREEMPTED, "")
     assert output == "told to end: there was nothing to save yet.\n"
     assert not runs.saved_steps(tmp_path)
 
@@ -53,7 +53,7 @@ def test_told_in_an_evaluation_it_makes_up_for_it(undisturbed, tmp_path):
     # The fifth of six batches is one of the average's evaluation.
     process = runs.start(tmp_path, tamper={"die": ["evaluation", 5], "by": "SIGTERM"})
     code, output, errors = runs.end(process)
-    assert (code, errors) == (EXIT_CODE, "")
+    assert (code, errors) == (PREEMPTED, "")
     (saved,) = runs.saved_steps(tmp_path)
     assert f"step {saved} of {runs.LAST_STEP} is saved" in output
     assert not any("eval/loss" in row for row in runs.rows(tmp_path))
@@ -64,7 +64,7 @@ def test_told_in_an_evaluation_it_makes_up_for_it(undisturbed, tmp_path):
 def test_told_in_the_last_evaluation_it_makes_up_for_that_too(undisturbed, tmp_path):
     last = 6 * len([row for row in runs.rows(undisturbed) if "eval/loss" in row])
     process = runs.start(tmp_path, tamper={"die": ["evaluation", last], "by": "SIGTERM"})
-    assert runs.end(process)[0] == EXIT_CODE
+    assert runs.end(process)[0] == PREEMPTED
     assert runs.saved_steps(tmp_path)[-1] == runs.LAST_STEP
     assert "compiling" not in runs.finish(runs.start(tmp_path))
     runs.assert_same_run(tmp_path, undisturbed)

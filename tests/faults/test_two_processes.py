@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from metaformer_jax.main import TRAINING_FAILED
-from metaformer_jax.training.preemption import EXIT_CODE
+from metaformer_jax.training.exit_codes import PREEMPTED, TRAINING_FAILED
 
 
 def test_two_processes_train_as_one_and_stop_as_one_and_one_goes_on(undisturbed, tmp_path):
@@ -20,7 +19,7 @@ def test_two_processes_train_as_one_and_stop_as_one_and_one_goes_on(undisturbed,
         # Told to one of them; they agree on a step.
         processes[1].send_signal(signal.SIGTERM)
         codes, outputs, _ = zip(*map(runs.end, processes), strict=True)
-    assert codes == (EXIT_CODE, EXIT_CODE)
+    assert codes == (PREEMPTED, PREEMPTED)
     assert "4 x cpu in 2 processes" in outputs[0]
     # Only one speaks; Gloo reports its connections by itself, and not line by line.
     assert not re.search("step|model|workdir|compil", outputs[1])
