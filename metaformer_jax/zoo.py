@@ -1,20 +1,48 @@
 """Prints the published models: what they are built of here beside what was published.
 
-python -m metaformer_jax.zoo ["caformer_*"]
+python -m metaformer_jax.zoo ["caformer_*"] [--plot accuracy.png]
 """
 
 import argparse
 import functools
+import pathlib
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from metaformer_jax import models
+
+
+USAGE_ERROR = 2
+
+_COLOURS = {
+    "identityformer": "#8a8a8a",
+    "randformer": "#b07aa1",
+    "poolformerv2": "#59a14f",
+    "convformer": "#e08214",
+    "caformer": "#2166ac",
+}
+_TITLES = {
+    "identityformer": "IdentityFormer",
+    "randformer": "RandFormer",
+    "poolformerv2": "PoolFormerV2",
+    "convformer": "ConvFormer",
+    "caformer": "CAFormer",
+}
+# By the tag of a checkpoint: how it was trained, the line's style, and whether markers are full.
+_TRAININGS: dict[str, tuple[str, Any, bool]] = {
+    "": ("ImageNet-1K, 224 pixels", "-", True),
+    "384": ("fine-tuned at 384 pixels", "--", True),
+    "in21ft1k": ("ImageNet-21K first, 224 pixels", "-", False),
+    "384_in21ft1k": ("ImageNet-21K first, 384 pixels", "--", False),
+}
 
 
 def main(
@@ -27,7 +55,14 @@ def main(
         "from the modules, the columns in brackets and the accuracies are the publication's.",
     )
     parser.add_argument("pattern", nargs="?", help='a shell pattern of names, "caformer_*"')
-    pattern = parser.parse_args(arguments).pattern
+    parser.add_argument(
+        "--plot",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="draw the published accuracies against the counts, as .png, .svg or .pdf",
+    )
+    options = parser.parse_args(arguments)
+    pattern = options.pattern
     # --help does not wait for JAX.
     from metaformer_jax import models
 
@@ -36,7 +71,13 @@ def main(
         print(
             "error: no published model matches. Without a pattern all are listed.", file=sys.stderr
         )
-        return 2
+        return USAGE_ERROR
+    try:
+        _check_plot(options.plot)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    counted = {}
     table = Table(title=f"{len(names)} published models")
     table.add_column("name", no_wrap=True)
     for column in ("pixels", "classes", "params", "(publ.)", "frozen", "(publ.)"):
@@ -46,7 +87,7 @@ def main(
     progress = Console(stderr=True)
     for name in track(names, "counting", console=progress, transient=True):
         info = models.model_info(name)
-        counts = _count(info.architecture, info.image_size, info.num_classes)
+        counted[name] = counts = _count(info.architecture, info.image_size, info.num_classes)
         table.add_row(
             name,
             str(info.image_size),
@@ -64,7 +105,123 @@ def main(
         # A file or a pipe has no width to fit into.
         console = Console(width=160)
     console.print(table)
+    if options.plot:
+        figure_of(counted).savefig(options.plot, dpi=100)
+        print(f"{options.plot}: the published accuracies against the counts")
     return 0
+
+
+def figure_of(counted: Mapping[str, "models.Counts"]) -> "Figure":
+    """Published ImageNet-1K accuracies against counted multiply-adds and parameters.
+
+    Args:
+        counted: by published name; those without an accuracy are left out.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    by_macs, by_params = figure.subplots(1, 2, sharey=True)
+    lines = _lines(counted)
+    for axes, count_of, title in (
+        (by_macs, lambda counts: counts.macs / 1e9, "multiply-adds per image, in billions"),
+        (by_params, lambda counts: counts.params / 1e6, "trained parameters, in millions"),
+    ):
+        for (family, tag), members in lines.items():
+            _, style, is_full = _TRAININGS[tag]
+            colour = _COLOURS[family]
+            points = [(count_of(counts), top1) for _, counts, top1 in members]
+            axes.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                linestyle=style,
+                linewidth=1 if tag else 2,
+                marker="s" if "384" in tag else "o",
+                markersize=5 if tag else 7,
+                markerfacecolor=colour if is_full else "white",
+                # The plain trainings of all families lie above what only two of them have.
+                zorder=2 if tag else 3,
+            )
+            if not tag:
+                _name_sizes(axes, points, [size for size, *_ in members], family)
+        axes.set_xscale("log")
+        axes.set_xlabel(title)
+        axes.margins(x=0.07)
+        lowest, highest = axes.get_xlim()
+        marks = [mark for mark in (2, 4, 8, 15, 30, 60, 100) if lowest < mark < highest]
+        axes.set_xticks(marks, [str(mark) for mark in marks])
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.25)
+    by_macs.set_ylabel("ImageNet-1K top-1 accuracy, in % (published)")
+    _add_legends(by_macs, by_params, lines)
+    return figure
+
+
+def _lines(counted: Mapping[str, "models.Counts"]) -> dict[tuple[str, str], list[Any]]:
+    """By family and tag: (size, counts, accuracy) of each member, the smallest first."""
+    from metaformer_jax.models import model_info
+
+    lines: dict[tuple[str, str], list[Any]] = {}
+    for name, counts in counted.items():
+        info = model_info(name)
+        if info.published_top1 is not None:
+            family, size = info.architecture.split("_")
+            tag = name.removeprefix(info.architecture).removeprefix("_")
+            lines.setdefault((family, tag), []).append((size, counts, info.published_top1))
+    return lines
+
+
+def _name_sizes(axes: Any, points: list[Any], sizes: list[str], family: str) -> None:
+    from matplotlib import patheffects
+
+    below = family in ("convformer", "identityformer")
+    for point, size in zip(points, sizes, strict=True):
+        axes.annotate(
+            size,
+            point,
+            xytext=(4, -5) if below else (-4, 4),
+            textcoords="offset points",
+            ha="left" if below else "right",
+            va="top" if below else "bottom",
+            fontsize=9,
+            color=_COLOURS[family],
+            path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
+            zorder=4,
+        )
+
+
+def _add_legends(first: Any, second: Any, lines: Mapping[tuple[str, str], Any]) -> None:
+    from matplotlib.lines import Line2D
+
+    families = dict.fromkeys(family for family, _ in lines)
+    first.legend(
+        handles=[Line2D([], [], color=_COLOURS[f], marker="o", label=_TITLES[f]) for f in families],
+        loc="lower right",
+    )
+    second.legend(
+        handles=[
+            Line2D(
+                [],
+                [],
+                color="black",
+                linestyle=style,
+                marker="s" if "384" in tag else "o",
+                markerfacecolor="black" if is_full else "white",
+                label=label,
+            )
+            for tag, (label, style, is_full) in _TRAININGS.items()
+            if any(tag == drawn for _, drawn in lines)
+        ],
+        loc="lower right",
+    )
+
+
+def _check_plot(path: pathlib.Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"`--plot` must end in .png, .svg or .pdf, got {path}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"`--plot` must lie in a folder that is there, got {path}.")
 
 
 @functools.cache

@@ -29,7 +29,8 @@ def test_a_frozen_trunk_tells_digits_apart(monkeypatch, capsys):
         return MetaFormer(spec, num_classes=0, image_size=32, rngs=rngs)
 
     monkeypatch.setattr(metaformer_jax, "create_model", create_model)
-    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    (block,) = (block for block in blocks if "LogisticRegression" in block)
     names = dict(zip(("train_images", "train_labels"), digits("train", 300), strict=True))
     names |= dict(zip(("test_images", "test_labels"), digits("test", 100), strict=True))
     # Its threads wait for each other longer than so small a fit takes.

@@ -1,0 +1,58 @@
+"""The picture of all models: accuracy, as published, against what is counted here."""
+
+import pytest
+from matplotlib.colors import same_color
+from PIL import Image
+
+from metaformer_jax import zoo
+from metaformer_jax.models import Counts, list_models, model_info
+
+# As if a model's place in the list were its size.
+COUNTED = {
+    name: Counts(params=1_000_000 * place, frozen_params=0, macs=2_000_000_000 * place)
+    for place, name in enumerate(list_models(), start=1)
+}
+
+
+def test_sizes_of_a_family_are_one_line_of_counts_and_published_accuracies():
+    by_macs, by_params = zoo.figure_of(COUNTED).axes
+    # Five families, and three further trainings of two of them.
+    assert len(by_macs.lines) == len(by_params.lines) == 5 + 3 * 2
+    names = [f"caformer_{size}_384" for size in ("s18", "s36", "m36", "b36")]
+    expected = {
+        tuple(COUNTED[name].macs / 1e9 for name in names),
+        tuple(COUNTED[name].params / 1e6 for name in names),
+    }
+    drawn = {
+        tuple(line.get_xdata())
+        for axes in (by_macs, by_params)
+        for line in axes.lines
+        if tuple(line.get_ydata()) == tuple(model_info(name).published_top1 for name in names)
+    }
+    assert drawn == expected
+
+
+def test_every_plain_model_is_named_in_its_familys_colour():
+    by_macs, _ = zoo.figure_of(COUNTED).axes
+    assert len(by_macs.texts) == 23
+    (line,) = [line for line in by_macs.lines if tuple(line.get_ydata()) == (83, 84.1, 84.5, 84.8)]
+    named = [text for text in by_macs.texts if same_color(text.get_color(), line.get_color())]
+    assert [text.get_text() for text in named] == ["s18", "s36", "m36", "b36"]
+    assert [text.xy for text in named] == list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def test_one_command_draws_it(tmp_path, capsys):
+    path = tmp_path / "accuracy.png"
+    assert zoo.main(["identityformer_s12", "--plot", str(path)]) == 0
+    assert f"{path}: " in capsys.readouterr().out
+    with Image.open(path) as image:
+        assert image.size == (1200, 640)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("accuracy.gif", "must end in .png, .svg or .pdf"), ("gone/accuracy.png", "that is there")],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_counting(path, message, capsys):
+    assert zoo.main(["--plot", path]) == 2
+    assert message in capsys.readouterr().err
