@@ -1,6 +1,7 @@
 # make train   install, and train a small CAFormer on handwritten digits
 # make test    install what the tests need, and run all of them
 # make lint    linter, formatter and type checker
+# make docs    the pages as a site, in site/index.html
 # make lock    write constraints.txt anew from the newest releases
 #
 # PYTHON picks the interpreter for .venv, WORKDIR the run's folder, and ARGS adds to the command:
@@ -13,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DECLARED := setup.cfg pyproject.toml constraints.txt Makefile
 
-.PHONY: train test lint lock clean
+.PHONY: train test lint docs lock clean
 
 train: .venv/installed
 	$(BIN)/python -m metaformer_jax.main --config=configs/digits.py --workdir=$(WORKDIR) $(ARGS)
@@ -25,6 +26,9 @@ lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed-for-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(\
@@ -43,12 +47,17 @@ lint: .venv/installed-for-tests
 	$(PIP) --constraint constraints.txt --editable ".[torch,test,lint]"
 	@touch $@
 
+.venv/installed-for-docs: .venv/installed
+	@echo "installing what the site is built with ..."
+	$(PIP) --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
 # torch keeps its pin: newer releases bring gigabytes for GPUs along.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet "torch==2.13.0" --editable ".[torch,test,lint]"
+	.venv-lock/bin/pip install --quiet "torch==2.13.0" --editable ".[torch,test,lint,docs]"
 	.venv-lock/bin/pip freeze --exclude-editable | sed 's/^torch==.*/torch==2.13.0/' > constraints.txt
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -20,22 +20,24 @@ def blocks():
 
 
 def commands():
-    """(page, words) of every command in the blocks that a shell runs; parts of `&&` are several."""
+    """(page, words) of every command that a shell would run; parts of `&&` and `;` are several."""
     found = []
     for page, language, text in blocks():
         if language != "bash":
             continue
         for line in text.replace("\\\n", " ").splitlines():
-            for words in _split(shlex.split(line, comments=True)):
+            tokens = shlex.shlex(line, posix=True, punctuation_chars=";&")
+            tokens.whitespace_split = True
+            for words in _split(list(tokens)):
                 found.append((page, words))
     return found
 
 
 def _split(words):
     command = []
-    for word in [*words, "&&"]:
-        if word != "&&":
+    for word in [*words, ";"]:
+        if word not in ("&&", ";"):
             command.append(word)
         elif command:
-            yield command
+            yield command[1:] if command[0] in ("until", "do") else command
             command = []

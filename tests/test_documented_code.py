@@ -13,7 +13,15 @@ from flax import nnx
 import metaformer_jax
 from metaformer_jax.data import sources
 from metaformer_jax.inference.artefacts import export_stablehlo
-from metaformer_jax.models import Attention, IdentityMixing, MetaFormer, MetaFormerSpec
+from metaformer_jax.models import (
+    FAMILIES,
+    Attention,
+    IdentityMixing,
+    MetaFormer,
+    MetaFormerSpec,
+)
+from metaformer_jax.training import settings
+from metaformer_jax.training.run import Run
 
 IMAGES = np.zeros((2, 32, 32, 3), np.float32)
 BLOCKS = [(page, text) for page, language, text in blocks() if language == "python"]
@@ -117,6 +125,41 @@ def a_program_without_this_package(run, patch):
     exported = export_stablehlo(small_model(), platforms=("cpu",))
     pathlib.Path("caformer_s18.stablehlo").write_bytes(exported)
     assert run(images=IMAGES)["logits"].shape == (2, 10)
+
+
+@shows("docs/extending.md", "class Fourier")
+def two_mixers(run, patch):
+    names = run()
+    for mixer in (names["Fourier"], names["FixedBias"]):
+        built = mixer(3, resolution=(4, 4), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        x = jnp.ones((2, 4, 4, 3), jnp.bfloat16)
+        assert (built(x).shape, built(x).dtype) == (x.shape, x.dtype)
+
+
+@shows("docs/extending.md", "token_mixers=(SepConv, Fourier, Attention)")
+def a_model_of_ones_own_mixer(run, patch):
+    names = run(nnx=nnx, Fourier=_fourier())
+    shape = jax.ShapeDtypeStruct((2, 32, 32, 1), jnp.float32)
+    logits = nnx.eval_shape(lambda model, images: model(images), names["model"], shape)
+    assert logits.shape == (2, 10)
+
+
+@shows("docs/extending.md", "def get_config")
+def a_family_of_ones_own(run, patch):
+    names = run(Fourier=_fourier())
+    try:
+        config = names["get_config"]()
+        settings.check_fields(config)
+        state = Run(config).engine.abstract_state
+        assert state.params
+    finally:
+        del FAMILIES["fourierformer"]
+
+
+def _fourier():
+    names = {}
+    exec(_block_of("docs/extending.md", "class Fourier"), names)
+    return names["Fourier"]
 
 
 def _block_of(page, part):

@@ -7,10 +7,11 @@ import pathlib
 def imagenet_class_names() -> tuple[str, ...]:
     """The 1,000 class names, by the index of the logit: the lemmas of each WordNet synset.
 
-    >>> imagenet_class_names()[0]
-    'tench, Tinca tinca'
-
     Two classes are both a "crane", the bird (134) and the machine (517).
+
+    Examples:
+        >>> imagenet_class_names()[0]
+        'tench, Tinca tinca'
     """
     return tuple(_names_by_synset().values())
 
@@ -18,8 +19,9 @@ def imagenet_class_names() -> tuple[str, ...]:
 def imagenet_synsets() -> tuple[str, ...]:
     """The WordNet synset of each class, as ImageNet's folders are named.
 
-    >>> imagenet_synsets()[0]
-    'n01440764'
+    Examples:
+        >>> imagenet_synsets()[0]
+        'n01440764'
     """
     return tuple(_names_by_synset())
 

@@ -31,9 +31,10 @@ def count(build: Callable[[], MetaFormer]) -> Counts:
     Args:
         build: makes the model; it is only traced.
 
-    >>> from metaformer_jax import create_model
-    >>> count(lambda: create_model("identityformer_s12", rngs=nnx.Rngs(0))).params
-    11891712
+    Examples:
+        >>> from metaformer_jax import create_model
+        >>> count(lambda: create_model("identityformer_s12", rngs=nnx.Rngs(0))).params
+        11891712
     """
     model = nnx.eval_shape(build)
     model.eval()

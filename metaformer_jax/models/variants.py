@@ -238,8 +238,9 @@ _MODELS = _published_models()
 def list_models(pattern: str | None = None) -> list[str]:
     """The published names, family by family, or those that match a shell pattern.
 
-    >>> list_models("caformer_b36*384*")
-    ['caformer_b36_384', 'caformer_b36_384_in21ft1k']
+    Examples:
+        >>> list_models("caformer_b36*384*")
+        ['caformer_b36_384', 'caformer_b36_384_in21ft1k']
     """
     return [name for name in _MODELS if pattern is None or fnmatch.fnmatchcase(name, pattern)]
 
@@ -247,8 +248,9 @@ def list_models(pattern: str | None = None) -> list[str]:
 def model_info(name: str) -> ModelInfo:
     """What was published about a model.
 
-    >>> model_info("caformer_s18_384").image_size
-    384
+    Examples:
+        >>> model_info("caformer_s18_384").image_size
+        384
 
     Raises:
         ValueError: no published model has this name; the message offers the closest ones.
