@@ -1,12 +1,17 @@
-"""The code that README.md, the pages beside it and docs/*.md show, block by block."""
+"""The code that README.md, docs/*.md and the text of notebooks show, block by block."""
 
+import json
 import pathlib
 import re
 import shlex
 import textwrap
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/*.md", "examples/*.ipynb")
+    for page in sorted(REPOSITORY.glob(pattern))
+]
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -15,8 +20,16 @@ def blocks():
     return [
         (str(page.relative_to(REPOSITORY)), language, textwrap.dedent(text))
         for page in PAGES
-        for _, language, text in _BLOCK.findall(page.read_text())
+        for _, language, text in _BLOCK.findall(_text(page))
     ]
+
+
+def _text(page):
+    text = page.read_text()
+    if page.suffix != ".ipynb":
+        return text
+    cells = (cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
 def commands():
