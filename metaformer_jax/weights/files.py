@@ -233,7 +233,7 @@ def _check_zip(path: pathlib.Path) -> None:
     if reason:
         raise CheckpointError(
             f"`path` must be a whole file as torch.save writes it, got {path}: {reason}. It is "
-            "damaged or made by another program: fetch it again."
+            "truncated, damaged or made by another program: fetch it again."
         )
 
 
