@@ -49,7 +49,7 @@ _BATCH_PER_DEVICE = flags.DEFINE_integer(
     "batch_per_device", None, "With --mode=compile: in place of config.batch_size.", lower_bound=1
 )
 _LARGEST_BATCH = flags.DEFINE_bool(
-    "largest_batch", True, "With --mode=compile: compile once or twice more, to find it."
+    "largest_batch", True, "With --mode=compile: compile a few times more, to find it."
 )
 _COMPILATION_CACHE = flags.DEFINE_bool(
     "compilation_cache",

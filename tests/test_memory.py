@@ -19,16 +19,27 @@ def _needed(limit=10**9, fixed=100, of_each=10):
 @pytest.mark.parametrize(
     ("batch", "limit", "expected"), [(64, 1000, 88), (64, 740, 64), (64, 739, 56), (8, 1000, 88)]
 )
-def test_the_largest_batch_is_on_the_line_through_two(batch, limit, expected):
+def test_the_largest_batch_is_on_the_line_through_two_and_was_tried(batch, limit, expected):
     needed, asked = _needed()
     assert largest_that_fits(needed, batch, unit=8, limit=limit) == expected
-    assert len(asked) == 2
+    assert len(asked) == 3
+    assert asked[-1] == expected
 
 
 def test_what_is_refused_is_halved_until_it_fits():
     needed, asked = _needed(limit=400)
     assert largest_that_fits(needed, 96, unit=8, limit=400) == 24
-    assert asked == [96, 48, 24, 8]
+    assert asked == [96, 48, 24, 8, 24]
+
+
+def test_where_the_line_is_off_less_is_tried_until_it_fits():
+    def needed(batch):
+        return 100 + 10 * batch + batch**2 // 50
+
+    largest = largest_that_fits(needed, 64, unit=8, limit=10_000)
+    assert needed(largest) <= 10_000
+    # The best would be 496; the line alone would say 832.
+    assert 448 <= largest <= 496
 
 
 def test_without_two_batches_that_fit_nothing_is_said():

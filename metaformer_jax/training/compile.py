@@ -1,6 +1,7 @@
 """Compiles a config's training step for devices that need not be there, and tells what it takes."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -56,7 +57,7 @@ class Estimate:
         utilization: `model_flops` in that time, of the peak.
         total_steps: of the whole run.
         hours: for all of them.
-        largest_batch: the most images on a device that fit, by `memory`'s model.
+        largest_batch: the most images on a device that fit, see `memory.largest_that_fits`.
         assumptions: what was taken for granted.
     """
 
@@ -142,8 +143,8 @@ def compile_training(
         topologies: TPU slices, `"v5e:4x4"`; none means the devices of this machine. Several give a
             table of how the step scales.
         batch_per_device: images on each device, in place of the config's batch.
-        search_largest: compiles once or twice more, to tell the largest batch that fits. Not done
-            for several topologies.
+        search_largest: compiles a few times more, to tell the largest batch that fits. Not done for
+            several topologies.
         output: a JSON file for all figures.
         console: where it is told.
 
@@ -300,12 +301,13 @@ def _memory_limit(device: jax.Device, chip: devices.Chip | None) -> int | None:
 def _largest(
     compile_batch: Callable[[float], _Compiled], compiled: _Compiled, limit: int
 ) -> int | None:
-    """The most images on a device, by two compilations that fit, of which one may be this."""
+    """The most images on a device; a few compilations, of which one may be this."""
     config = compiled.run.config
     parts = config.accumulation_steps
     unit = _STEP * parts
     own = config.batch_size // compiled.run.engine.mesh.size
 
+    @functools.cache
     def needed(batch: int) -> int | None:
         memory = compiled.memory if batch == own else compile_batch(batch).memory
         return memory.total if memory else None

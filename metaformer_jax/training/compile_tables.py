@@ -129,7 +129,7 @@ def _rows(estimate: Estimate, config: ml_collections.ConfigDict) -> Iterator[tup
     if estimate.largest_batch is not None:
         yield (
             "largest batch",
-            f"{estimate.largest_batch} on each device, by a line through two compilations",
+            f"{estimate.largest_batch:,} on each device, which was compiled",
         )
     yield "multiply-adds", f"{estimate.model_flops / 1e12:,.3f} TFLOP of the model, a device"
     if estimate.flops:
