@@ -46,7 +46,7 @@ class Estimate:
         memory: bytes per device; None where the compiler refused, or does not tell.
         memory_limit: bytes of a device that a program can have.
         refusal: the compiler's words where it found no room.
-        flops: of a device and step, as the compiler counts them.
+        flops: of a device and step, as the compiler counts them: loops once.
         model_flops: of a device and step, from the model's multiply-adds, nothing counted twice.
         collectives: what crosses devices in a step.
         cycles: the compiler's estimate for a step on one device.

@@ -123,7 +123,8 @@ def _rows(estimate: Estimate, config: ml_collections.ConfigDict) -> Iterator[tup
         )
     yield "multiply-adds", f"{estimate.model_flops / 1e12:,.3f} TFLOP of the model, a device"
     if estimate.flops:
-        yield "operations", f"{estimate.flops / 1e12:,.3f} TFLOP as compiled, a device"
+        once = ", each loop once" if config.model.scan or config.accumulation_steps > 1 else ""
+        yield "operations", f"{estimate.flops / 1e12:,.3f} TFLOP as compiled, a device{once}"
     yield "crosses devices", _crossing(estimate)
     if estimate.step_seconds is not None:
         yield "estimated cycles", f"{(estimate.cycles or 0) / 1e6:,.1f} M"
