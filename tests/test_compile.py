@@ -1,5 +1,6 @@
 """Compiling for devices that are not there: the program, its table and its figures."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -11,7 +12,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from metaformer_jax.training import devices, recipes
+from metaformer_jax.training import compile_tables, devices, recipes
 from metaformer_jax.training.compile import compile_training
 from metaformer_jax.training.described import described_sources
 from metaformer_jax.training.topology import topology_devices
@@ -146,7 +147,7 @@ def test_a_step_is_compiled_for_tpus_and_scales():
             _config(**{"model.family": "convformer", "model.scan": 1}),
             topologies=("v5e:1x1", "v5e:2x2"),
             batch_per_device=64,
-            console=Console(file=text, width=140),
+            console=Console(file=text, width=80),
         )
     finally:
         jax.config.update("jax_platforms", platforms)
@@ -162,3 +163,29 @@ def test_a_step_is_compiled_for_tpus_and_scales():
     assert four.hours == pytest.approx(four.step_seconds * four.total_steps / 3600)
     assert "efficiency" in text.getvalue()
     assert "no clock measured it" in text.getvalue()
+
+
+def test_the_table_of_scaling_fits_eighty_columns():
+    (estimate,) = compile_training(_config(), console=Console(file=io.StringIO()))
+    chips = dataclasses.replace(
+        estimate, num_devices=256, batch_size=32_768, step_seconds=0.1404, hours=100.0
+    )
+    rows = [
+        dataclasses.replace(
+            chips, topology="v5e:8x16", images_per_second=7_000_000.0, refusal="no"
+        ),
+        dataclasses.replace(
+            chips, topology="v5e:16x16", images_per_second=1_000_000.0, memory_limit=2**34
+        ),
+        dataclasses.replace(
+            chips, topology="v6e:16x16", images_per_second=1_500_000.0, memory_limit=2**34
+        ),
+    ]
+    text = io.StringIO()
+    Console(file=text, width=80).print(compile_tables.scaling(rows))
+    lines = text.getvalue().splitlines()
+    assert "…" not in text.getvalue()
+    # What does not fit is no base to compare with.
+    (refused, base, faster) = (line.split() for line in lines if line[:2] in ("v5", "v6"))
+    assert (refused[-1], base[-1], faster[-1]) == ("-", "100.0%", "150.0%")
+    assert base[:3] == ["v5e:16x16", "256", "32,768"]

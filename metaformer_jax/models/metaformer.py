@@ -211,8 +211,8 @@ class MetaFormer(nnx.Module):
             the head are float32 always.
         remat: what of each block the backward pass computes anew in place of keeping it, one of
             `stages.REMAT`: less memory, more time, the same numbers. True means "block".
-        scan: blocks in each round of a loop over those of a stage, which compiles sooner and runs
-            slower; 0 writes all blocks out. The parameters are the same.
+        scan: blocks in each round of a loop over those of a stage, for a shorter compilation and a
+            slower step with the same parameters; 0 writes all out.
         rngs: initial values (`params`) and, where a rate is positive, masks (`dropout`).
 
     Raises:
@@ -233,7 +233,6 @@ class MetaFormer(nnx.Module):
         scan: int = 0,
         rngs: nnx.Rngs,
     ):
-        remat_name(remat)
         _check_at_least("scan", scan, 0)
         _check_at_least("num_classes", num_classes, 0)
         _check_at_least("in_channels", in_channels, 1)
@@ -252,7 +251,7 @@ class MetaFormer(nnx.Module):
         self.in_channels = in_channels
         self.image_size = _as_pair(image_size)
         self.dtype = dtype
-        self.remat = remat
+        self.remat = remat_name(remat)
         self.scan = scan
         self.downsample_layers: nnx.List[Downsampling] = nnx.List([])
         self.stages: nnx.List[nnx.List[MetaFormerBlock]] = nnx.List([])

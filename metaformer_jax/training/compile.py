@@ -24,7 +24,7 @@ from metaformer_jax.training.progress import elapsing
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.topology import topology_devices
 
-# Batches are searched in steps of so many images on a device.
+# Batches are searched in steps of so many images on a device, or of whole mixing groups.
 _STEP = 8
 # Forward, and gradients of inputs and parameters; a multiply-add is two.
 _FLOPS_PER_MAC = 6
@@ -46,7 +46,7 @@ class Estimate:
         memory: bytes per device; None where the compiler refused, or does not tell.
         memory_limit: bytes of a device that a program can have.
         refusal: the compiler's words where it found no room.
-        flops: of a device and step, as the compiler counts them.
+        flops: of a device and step, as the compiler counts them: loops once.
         model_flops: of a device and step, from the model's multiply-adds, nothing counted twice.
         collectives: what crosses devices in a step.
         cycles: the compiler's estimate for a step on one device.
@@ -303,8 +303,8 @@ def _largest(
 ) -> int | None:
     """The most images on a device; a few compilations, of which one may be this."""
     config = compiled.run.config
-    parts = config.accumulation_steps
-    unit = _STEP * parts
+    group = config.mixing.group_size if compiled.run.mixes else 1
+    unit = math.lcm(_STEP * config.accumulation_steps, group)
     own = config.batch_size // compiled.run.engine.mesh.size
 
     @functools.cache

@@ -62,27 +62,19 @@ def one(estimate: Estimate, config: ml_collections.ConfigDict) -> Table:
 
 def scaling(estimates: Sequence[Estimate]) -> Table:
     """A row for each topology; efficiency is images/s of a chip against the first that fits."""
+    # It fits the 80 columns of what is no terminal.
     table = Table(
         title="scaling",
-        title_justify="left",
-        box=box.SIMPLE,
-        caption_justify="left",
         caption="efficiency: images/s of a chip over those of the first row that fits",
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    for column in (
-        "topology",
-        "chips",
-        "batch",
-        "a chip",
-        "compiled",
-        "memory",
-        "step",
-        "sent",
-        "images/s",
-        "hours",
-        "efficiency",
-    ):
-        table.add_column(column, justify="left" if column == "topology" else "right")
+    names = ("topology", "chips", "batch", "memory", "step", "sent", "images/s", "hours")
+    for column in (*names, "efficiency"):
+        table.add_column(column, justify="left" if column == "topology" else "right", no_wrap=True)
     base = None
     for estimate in estimates:
         speed, efficiency = estimate.images_per_second, _UNKNOWN
@@ -93,8 +85,6 @@ def scaling(estimates: Sequence[Estimate]) -> Table:
             estimate.topology,
             f"{estimate.num_devices}",
             f"{estimate.batch_size:,}",
-            f"{estimate.batch_size / estimate.num_devices:g}",
-            f"{estimate.compile_seconds:.0f} s",
             _gib(estimate.memory.total) if estimate.memory else "too large",
             _milliseconds(estimate.step_seconds),
             _megabytes(estimate.sent_bytes),
@@ -133,7 +123,8 @@ def _rows(estimate: Estimate, config: ml_collections.ConfigDict) -> Iterator[tup
         )
     yield "multiply-adds", f"{estimate.model_flops / 1e12:,.3f} TFLOP of the model, a device"
     if estimate.flops:
-        yield "operations", f"{estimate.flops / 1e12:,.3f} TFLOP as compiled, a device"
+        once = ", each loop once" if config.model.scan or config.accumulation_steps > 1 else ""
+        yield "operations", f"{estimate.flops / 1e12:,.3f} TFLOP as compiled, a device{once}"
     yield "crosses devices", _crossing(estimate)
     if estimate.step_seconds is not None:
         yield "estimated cycles", f"{(estimate.cycles or 0) / 1e6:,.1f} M"

@@ -71,10 +71,11 @@ class Run:
         self.workers = _workers(data)
         mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
         device_transform = _device_transform(config, len(self.class_names))
+        self.mixes = device_transform.mixes
         self.steps_per_epoch = 1.0
         if trains:
             num_examples = len(self.train_source)
-            _check_batch(config, num_examples, mesh.size, mixes=device_transform.mixes)
+            _check_batch(config, num_examples, mesh.size, mixes=self.mixes)
             self.steps_per_epoch = num_examples / config.batch_size
         epochs = config.epochs + config.cooldown_epochs
         self.total_steps = max(1, round(epochs * self.steps_per_epoch))
