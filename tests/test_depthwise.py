@@ -67,8 +67,10 @@ def test_both_gradients_are_those_of_the_grouped_convolution(x_shape, kernel_sha
 
 
 @pytest.mark.parametrize("gradient", ["_kernel_gradient_by_rows", "_kernel_gradient_of_grouped"])
-def test_every_kernel_gradient_is_the_definition(gradient):
-    x, kernel, cotangent = _arrays((2, 6, 5, 3), (3, 5, 3))
+# All rows at once, two at a time, one by one.
+@pytest.mark.parametrize(("h", "w"), [(6, 5), (6, 30), (3, 70)])
+def test_every_kernel_gradient_is_the_definition(gradient, h, w):
+    x, kernel, cotangent = _arrays((2, h, w, 3), (3, 5, 3))
     actual = getattr(depthwise, gradient)(x, cotangent, kernel)
     expected = np.zeros(kernel.shape)
     for index in np.ndindex(3, 5):

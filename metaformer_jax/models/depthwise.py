@@ -10,8 +10,10 @@ from jaxtyping import Array, Float
 
 # Of a TPU's vector unit. Images lie along them in `_banded`: fewer would leave them empty.
 _LANES = 128
-# Pixels that are multiplied together there, where a row of the image has less.
+# Pixels that are worked off together, where a row of the image has less.
 _SIDE = 64
+# Of a CPU, in float32 numbers.
+_CACHE_LINE = 16
 
 
 @jax.custom_vjp
@@ -96,7 +98,7 @@ def _banded(x: Array, kernel: Array) -> Array:
     b, h, w, c = x.shape
     if b % _LANES or w > _LANES:
         return _grouped(x, kernel)
-    r = max(r for r in range(1, h + 1) if h % r == 0 and (r == 1 or r * w <= _SIDE))
+    r = _rows_together(h, w)
     # So many blocks of rows above and below are in reach.
     reach = -(-(kernel.shape[0] // 2) // r)
     bands = _bands(kernel, r, w, reach)
@@ -127,18 +129,28 @@ def _bands(
     return bands.transpose(0, 1, 3, 5, 2, 4).reshape(2 * reach + 1, r * w, c * r * w)
 
 
-def _pad_to_keep_size(x: Array, kernel: Array) -> Array:
+def _padded(x: Array, kernel: Array) -> Array:
+    """The input with the zeros around it that keep its size, and a cache line more of channels.
+
+    With channels in powers of two all pixels under the kernel, a round number of bytes apart, would
+    fall into the same few places of a CPU's cache, and drive each other out.
+    """
     kh, kw, _ = kernel.shape
-    return jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
+    return jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, _CACHE_LINE)))
+
+
+def _spaced(x: Array) -> Array:
+    """The same, without zeros around it; the barrier keeps XLA from taking the space out again."""
+    padding = ((0, 0),) * (x.ndim - 1) + ((0, _CACHE_LINE),)
+    return lax.optimization_barrier(jnp.pad(x, padding))
 
 
 def _shifted(x: Array, kernel: Array) -> Array:
-    kh, kw, _ = kernel.shape
-    h, w = x.shape[1:3]
+    (kh, kw, c), (h, w) = kernel.shape, x.shape[1:3]
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    padded = _pad_to_keep_size(x, kernel)
+    padded, spaced = _padded(x, kernel), _spaced(kernel.astype(accumulator))
     taps = (
-        padded[:, i : i + h, j : j + w].astype(accumulator) * kernel[i, j].astype(accumulator)
+        padded[:, i : i + h, j : j + w, :c].astype(accumulator) * spaced[i, j, :c]
         for i in range(kh)
         for j in range(kw)
     )
@@ -152,22 +164,29 @@ def _kernel_gradient_of_grouped(x: Array, cotangent: Array, kernel: Array) -> Ar
 
 
 def _kernel_gradient_by_rows(x: Array, cotangent: Array, kernel: Array) -> Array:
-    # A row of the image and the rows under the kernel fit the cache; whole images do not.
-    kh, kw, _ = kernel.shape
-    h, w = x.shape[1:3]
+    # A few rows of an image and the rows under the kernel fit the cache; whole images do not. Each
+    # image has a sum of its own, so that cores can share the images.
+    (kh, kw, c), (b, h, w) = kernel.shape, x.shape[:3]
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    padded, spaced = _padded(x, kernel), _spaced(cotangent)
+    r = _rows_together(h, w)
 
-    def add_image(gradient: Array, image: tuple[Array, Array]) -> tuple[Array, None]:
-        padded, out = image
+    def add_rows(gradient: Array, number: Array) -> tuple[Array, None]:
+        under = lax.dynamic_slice_in_dim(padded, number * r, r + kh - 1, axis=1)
+        rows = lax.dynamic_slice_in_dim(spaced, number * r, r, axis=1)
+        taps = (
+            under[:, i : i + kh, j : j + kw, :c].astype(accumulator)
+            * rows[:, i : i + 1, j : j + 1, :c].astype(accumulator)
+            for i in range(r)
+            for j in range(w)
+        )
+        return functools.reduce(jnp.add, taps, gradient), None
 
-        def add_row(gradient: Array, row: Array) -> tuple[Array, None]:
-            window = lax.dynamic_slice_in_dim(padded, row, kh).astype(accumulator)
-            out_row = lax.dynamic_index_in_dim(out, row, keepdims=False).astype(accumulator)
-            taps = [jnp.sum(window[:, j : j + w] * out_row, axis=1) for j in range(kw)]
-            return gradient + jnp.stack(taps, axis=1), None
+    start = jnp.zeros((b, kh, kw, c), accumulator)
+    by_image, _ = lax.scan(add_rows, start, jnp.arange(h // r))
+    return by_image.sum(0).astype(kernel.dtype)
 
-        return lax.scan(add_row, gradient, jnp.arange(h))[0], None
 
-    images = (_pad_to_keep_size(x, kernel), cotangent)
-    start = jnp.zeros(kernel.shape, accumulator)
-    return lax.scan(add_image, start, images)[0].astype(kernel.dtype)
+def _rows_together(h: int, w: int) -> int:
+    """So many rows of an image have about `_SIDE` pixels, and divide it."""
+    return max(r for r in range(1, h + 1) if h % r == 0 and (r == 1 or r * w <= _SIDE))
