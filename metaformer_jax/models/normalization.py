@@ -1,6 +1,7 @@
 """Layer normalisation that keeps, for its backward pass, its input and two numbers per mean."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ def _forward(
     mean = jnp.mean(wide, axes, keepdims=True)
     centred = wide - mean
     inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + epsilon)
+    inverse = _unfused(inverse)
     return centred * (inverse * scale), (x, scale, mean, inverse)
 
 
@@ -51,10 +53,16 @@ def _backward(
     gradient = cotangent * scale
     # What moves all values, or stretches them, does not show in the output.
     moved = jnp.mean(gradient, axes, keepdims=True)
-    stretched = normalized * jnp.mean(gradient * normalized, axes, keepdims=True)
-    x_gradient = inverse * (gradient - moved - stretched)
+    stretched = jnp.mean(gradient * normalized, axes, keepdims=True)
+    moved, stretched = _unfused((moved, stretched))
+    x_gradient = inverse * (gradient - moved - normalized * stretched)
     scale_gradient = jnp.sum(cotangent * normalized, tuple(range(x.ndim - 1)))
     return x_gradient.astype(x.dtype), scale_gradient
 
 
 _normalize.defvjp(_forward, _backward)
+
+
+def _unfused(means: Any) -> Any:
+    # XLA for CPUs fuses means with what is made of them, and writes the scales out for each value.
+    return lax.platform_dependent(means, cpu=lax.optimization_barrier, default=lambda means: means)
