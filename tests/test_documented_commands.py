@@ -47,7 +47,10 @@ SAID = {
     "docs/tpu.md": [_TRAINED, "train/loss"],
     "docs/training.md": [_TRAINED, "2 x cpu in 2 processes"],
     # One class of each picture, for two pictures, as JSON.
-    "docs/using.md": [r'("predictions": \[{[^{}]*}\]}\n[^{]*){2}', "likeliest: "],
+    "docs/using.md": [
+        r'({"image": "digits/\d.png", "predictions": \[{[^{}]*}\]}\n){2}',
+        "likeliest: ",
+    ],
     "docs/weights.md": [_TRAINED, "relative error to timm: "],
 }
 
