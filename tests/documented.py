@@ -32,17 +32,13 @@ def _text(page):
     return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
-def commands():
-    """(page, words) of every command that a shell would run; parts of `&&` and `;` are several."""
+def commands(text):
+    """The words of every command that a shell would run; parts of `&&` and `;` are several."""
     found = []
-    for page, language, text in blocks():
-        if language != "bash":
-            continue
-        for line in text.replace("\\\n", " ").splitlines():
-            tokens = shlex.shlex(line, posix=True, punctuation_chars=";&")
-            tokens.whitespace_split = True
-            for words in _split(list(tokens)):
-                found.append((page, words))
+    for line in text.replace("\\\n", " ").splitlines():
+        tokens = shlex.shlex(line, posix=True, punctuation_chars=";&")
+        tokens.whitespace_split = True
+        found += _split(list(tokens))
     return found
 
 

@@ -1,199 +1,143 @@
-"""Every command that README and docs show is taken by its program, and runs where it can here."""
+"""Every command that README and docs show runs as it stands, on a machine of stand-ins.
 
-import argparse
-import configparser
-import json
+`shell_programs.py` says what is added to a command so that it ends soon, and what runs in place of
+others' programs; `shell_standins.py` what stands for packages, and for models of published size.
+"""
+
 import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
-import small_run
-from absl import flags
+import shell_place
 from documented import REPOSITORY, blocks, commands
+from shell_server import RUN_BY_CI
 
-from metaformer_jax import __main__ as console
-from metaformer_jax import main as training_program
-from metaformer_jax.data.sources import Digits
-from metaformer_jax.training import settings
-
-COMMANDS = commands()
-# Stand for a config file of the reader's own.
-OWN_CONFIGS = re.compile(r"=(CONFIG|fourierformer\.py)$")
-# Commands of others that no test runs.
-NOT_RUN = {
-    "python -m venv": "makes an environment; Python's own",
-    "prepare/bin/python -c": "downloads MNIST, and takes TensorFlow",
-    "gcloud compute": "takes a TPU pod; the training that it starts is looked at",
-    "tensorboard --logdir": "serves a page; not declared here",
-    "test $? -eq": "the shell's",
-    "break": "the shell's",
-    "done": "the shell's",
+BLOCKS = {}
+for _page, _language, _text in blocks():
+    if _language == "bash":
+        BLOCKS.setdefault(_page, []).append(_text)
+# The shell's own; what they do is looked at by itself.
+OF_THE_SHELL = ("test", "break", "done")
+# A page's commands go on where those of another, of this number, ended.
+FOLLOWS = {"docs/training.md": ("docs/tpu.md", 1), "docs/using.md": ("README.md", 1)}
+# Some of what is there afterwards.
+LEFT = {
+    "CONTRIBUTING.md": "site/index.html",
+    "README.md": "runs/digits/curves.png runs/b36/metrics.jsonl why.png caformer_s18.onnx back.pth",
+    "docs/compile.md": "",
+    "docs/data.md": "runs/s18/metrics.jsonl ../data/tfds/mnist/3.0.1/dataset_info.json "
+    "../data/array_record/imagenet2012/5.1.0/dataset_info.json batch.png",
+    "docs/extending.md": "runs/fourier/metrics.jsonl",
+    "docs/models.md": "docs/accuracy.png",
+    "docs/tpu.md": "../mnt/shared/b36/metrics.jsonl caformer_b36.pth",
+    "docs/training.md": "../shared/b36/metrics.jsonl",
+    "docs/using.md": "all.csv why.png caformer_s18.stablehlo digits.onnx",
+    "docs/weights.md": "s18.pth model.safetensors runs/tuned/metrics.jsonl",
+    "examples/fine_tune.ipynb": "runs/mine/metrics.jsonl",
 }
-MODULES = {command.module: command for command in console.COMMANDS.values()}
-TRAINING = "metaformer_jax.main"
+# And of what is said, by regular expressions.
+_TRAINED = r"accuracy \S+% \(\d+ of \d+\)  top-5 "
+SAID = {
+    "CONTRIBUTING.md": ["test_mixers.py: [1-9]"],
+    "README.md": [_TRAINED, "likeliest: ", "caformer_s18.onnx: caformer_s18, "],
+    "docs/compile.md": ["caformer_b36 on ", "taken as ImageNet-1K"],
+    "docs/models.md": ["55 published models", "caformer_b36_in21k"],
+    "docs/tpu.md": [_TRAINED, "train/loss"],
+    "docs/training.md": [_TRAINED, "2 x cpu in 2 processes"],
+    # One class of each picture, for two pictures, as JSON.
+    "docs/using.md": [
+        r'({"image": "digits/\d.png", "predictions": \[{[^{}]*}\]}\n){2}',
+        "likeliest: ",
+    ],
+    "docs/weights.md": [_TRAINED, "relative error to timm: "],
+}
 
 
-class Parsed(Exception):  # noqa: N818
-    """A program's arguments were taken; nothing further is run."""
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    with shell_place.opened(tmp_path_factory.mktemp("shell")) as shell:
+        yield shell
 
 
-@pytest.fixture
-def parse_only(monkeypatch):
-    parse_args = argparse.ArgumentParser.parse_args
-
-    def parse_and_stop(parser, arguments=None, namespace=None):
-        raise Parsed(parse_args(parser, arguments, namespace))
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.chdir(REPOSITORY)
-
-
-def _program(words):
-    """(module, arguments) of a command of this project; None where it is another's."""
-    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
-    if words[0] == "srun":
-        words = words[1:]
-    if words[0] == "metaformer-jax":
-        # The help of the command that names none is looked at by test_console_script.py.
-        command = console.COMMANDS.get(words[1])
-        return (command.module, [*command.before, *words[2:]]) if command else None
-    if pathlib.Path(words[0]).name == "python" and words[1] == "-m" and words[2] in MODULES:
-        return words[2], words[3:]
-    if words[:2] == ["python", "tools/convert_torch_weights.py"]:
-        return "metaformer_jax.convert", words[2:]
-    return None
-
-
-def _check_training(arguments):
-    """Parses the flags as the program does, and checks the config that they make."""
-    arguments = [OWN_CONFIGS.sub("=configs/digits.py", word) for word in arguments]
-    known = set(flags.FLAGS)
-    with pytest.MonkeyPatch.context() as patch:
-        # Flags for the fields of a config are made of what stands there.
-        patch.setattr(sys, "argv", [TRAINING, *arguments])
-        try:
-            assert training_program._parse_flags(sys.argv) == [TRAINING]
-            settings.check_fields(flags.FLAGS.config)
-        finally:
-            for name in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, name)
-            for name in known:
-                flags.FLAGS[name].unparse()
-            flags.FLAGS.unparse_flags()
-
-
-def _check(words):
-    program = _program(words)
-    if program is not None:
-        module, arguments = program
-        if module == TRAINING:
-            _check_training(arguments)
-        else:
-            run = __import__(module, fromlist=["main"]).main
-            with pytest.raises(Parsed):
-                run(arguments)
-    elif words[0] == "gcloud" and TRAINING in words[-1]:
-        _check(words[-1].removeprefix("--command=").split("&&")[-1].split())
-    elif words[0] == "make":
-        _check_make(words[1:])
-    elif "install" in words:
-        _check_install(words)
-    elif words[0] == "pytest" or words[:3] == ["python", "-m", "pytest"]:
-        assert all(not word.startswith("tests/") or pathlib.Path(word).exists() for word in words)
-    elif words[0] == "python" and words[1].endswith(".py"):
-        assert pathlib.Path(words[1]).exists()
-    elif words != ["metaformer-jax", "--help"]:
-        line = " ".join(words)
-        assert any(line.startswith(known) for known in NOT_RUN), f"nothing is known of: {line}"
-
-
-def _check_make(targets):
-    for target in targets:
-        if "=" not in target:
-            assert re.search(rf"^{target}:", pathlib.Path("Makefile").read_text(), re.MULTILINE)
-
-
-def _check_install(words):
-    declared = configparser.ConfigParser()
-    declared.read("setup.cfg")
-    extras = set(declared["options.extras_require"])
-    for word in words:
-        if asked := re.search(r"\[(.*)\]", word):
-            assert set(asked[1].split(",")) <= extras, word
+def run(shell, text, place):
+    """Runs a text, holds that each of its commands ran and ended well; gives what they print."""
+    code, output, log = shell.run(text, place=place)
+    assert code == 0, f"{text}\n{output}"
+    failed = [entry for entry in log if entry["code"] != 0]
+    assert not failed, f"{text}\n{output}"
+    started = [entry["words"][0] for entry in log if entry["depth"] == 0]
+    shown = [pathlib.Path(words[0]).name for words in commands(text)]
+    assert started == [name for name in shown if name not in OF_THE_SHELL], text
+    return output
 
 
 def test_every_block_says_what_it_is():
     assert {language for _, language, _ in blocks()} == {"bash", "python", "text"}
     # Each page that is to show commands does.
-    assert len(COMMANDS) > 30
+    assert BLOCKS.keys() == LEFT.keys()
+    # No command hides in what is not run.
+    shown = [text for _, language, text in blocks() if language == "text"]
+    assert not [text for text in shown if "python" in text or "metaformer-jax" in text]
 
 
-# Config files are loaded by ml_collections, in a way that Python is to give up.
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("page", BLOCKS)
+def test_the_commands_of_a_page_run_from_top_to_bottom(page, shell):
+    place = shell.place(page)
+    if page in FOLLOWS:
+        other, number = FOLLOWS[page]
+        run(shell, BLOCKS[other][number], place)
+    output = "".join(run(shell, text, place) for text in BLOCKS[page])
+    for said in SAID.get(page, []):
+        assert re.search(said, output), f"{said} is not in: {output}"
+    for left in LEFT[page].split():
+        assert (place / "checkout" / left).stat().st_size > 0, left
+
+
 @pytest.mark.parametrize(
-    "words",
-    [words for _, words in COMMANDS],
-    ids=[f"{page}: {' '.join(words)}" for page, words in COMMANDS],
-)
-def test_a_command_is_taken_by_its_program(words, parse_only):
-    _check(words)
-
-
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-@pytest.mark.parametrize(
-    "line",
+    "text",
     [
-        "metaformer-jax predict a.png --modle caformer_s18",
+        "metaformer-jax predict photo.jpg --modle caformer_s18",
+        "metaformer-jax predict foto.jpg --model caformer_s18",
+        "metaformer-jax foretell photo.jpg --model caformer_s18",
+        "metaformer-jax export --model caformer_s19 --output a.stablehlo",
         "python -m metaformer_jax.main --config=configs/digits.py --config.lerning=3",
         "python -m metaformer_jax.main --config=configs/digits.py --wokdir=runs/a",
         "python -m metaformer_jax.main --config=configs/caformer_s19.py --workdir=runs/a",
-        "python tools/convert_torch_weights.py a.pth --modle caformer_s18 --output a",
+        "python -m metaformer_jax.main --config=configs/caformer_s18.py --mode=compile"
+        " --topology=v5e:3x3",
+        "python -m metaformer_jax.trian --config=configs/digits.py --workdir=runs/a",
+        "python -m metaformer_jax.data.prepare imagenet --tars ~/Download --output /data/own",
+        "python tools/convert_torch_weights.py caformer_s18.pth --modle caformer_s18 --output a",
+        "python tools/convert.py caformer_s18.pth --model caformer_s18 --output a",
+        "python -m pytest tests/test_mixer.py",
         'pip install -e ".[accelerator]"',
         "make tset",
+        "tensorboard --logdir /mnt/elsewhere",
+        "gcloud compute tpus tpu-vm create my-pod --zone=us-west4-a --accelerator=v5litepod-16",
+        "srun python -m metaformer_jax.main --config=configs/caformer_b63.py --workdir=runs/a",
         "frobnicate",
+        # It ends well by itself.
+        "until python -m metaformer_jax.main --config=gone.py\ndo test $? -eq 2 && break\ndone",
     ],
 )
-def test_a_mistake_in_one_would_show(line, parse_only, capsys):
-    with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
-        _check(line.replace('"', "").split())
+def test_a_mistake_in_one_would_show(text, shell):
+    with pytest.raises(AssertionError):
+        run(shell, text, shell.place("README.md"))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Where the documented commands find runs/digits and digits/*.png."""
-    place = tmp_path_factory.mktemp("place")
-    (place / "runs").mkdir()
-    small_run.make(place / "runs" / "digits", family="caformer")
-    (place / "digits").mkdir()
-    source = Digits("test")
-    for index in range(2):
-        (place / "digits" / f"{index}.png").write_bytes(source[index]["image"])
-    return place
+@pytest.mark.parametrize(("codes", "starts"), [("75 137 1 0 0", 4), ("75 2 0", 2)])
+def test_the_loop_of_starts_ends_when_the_training_or_the_command_does(codes, starts, shell):
+    (loop,) = (text for text in BLOCKS["docs/tpu.md"] if text.startswith("until"))
+    ends = f"codes=({codes}); starts=0; python() {{ return ${{codes[starts++]}}; }}"
+    code, output, _ = shell.run(f"{ends}\n{loop}\necho $starts", place=shell.place("docs/tpu.md"))
+    assert (code, output) == (0, f"{starts}\n")
 
 
-RUNNABLE = [
-    words
-    for _, words in COMMANDS
-    if words[:2] == ["metaformer-jax", "predict"] and "runs/digits" in words
-]
-
-
-@pytest.mark.parametrize("words", RUNNABLE, ids=" ".join)
-def test_what_needs_no_more_than_a_small_run_runs(words, place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    assert console.main(words[1:]) == 0
-    output = capsys.readouterr().out
-    if "jsonl" in words:
-        assert [len(json.loads(line)["predictions"]) for line in output.splitlines()] == [1, 1]
-    if "--explain" in words:
-        assert (place / "why.png").stat().st_size > 0
-
-
-def test_some_are_run():
-    assert len(RUNNABLE) == 2
+def test_what_is_left_to_ci_is_what_it_runs():
+    lines = (REPOSITORY / ".ci" / "run").read_text().splitlines()
+    assert all(" ".join(words) in lines for words in RUN_BY_CI)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed: apt install make")
@@ -201,5 +145,6 @@ def test_make_train_is_the_command_that_the_readme_says():
     result = subprocess.run(
         ["make", "--dry-run", "train"], cwd=REPOSITORY, capture_output=True, text=True
     )
-    trained = next(words for page, words in COMMANDS if page == "README.md" and TRAINING in words)
+    shown = [words for text in BLOCKS["README.md"] for words in commands(text)]
+    trained = next(words for words in shown if "metaformer_jax.main" in words)
     assert " ".join(trained[1:]) in result.stdout
