@@ -24,8 +24,8 @@ import numpy as np
 
 # How long workers go on that are told to end.
 _GRACE_SECONDS = 60.0
-# How long they may take to end that are closed.
-_CLOSE_SECONDS = 25.0
+# How long one may take to end whose connection has.
+_END_SECONDS = 25.0
 _LENGTH = struct.Struct("!Q")
 
 
@@ -101,7 +101,7 @@ class WorkerPool:
         self._next, self._length = 0, len(chunks)
         self._sockets: list[socket.socket] = []
         self._processes: list[Any] = []
-        # At exit multiprocessing tells workers to end, which would take their grace; this is first.
+        # At exit multiprocessing tells workers to end, who would take their grace; this is first.
         self._close = multiprocessing.util.Finalize(
             self, _close, args=(self._sockets, self._processes), exitpriority=1
         )
@@ -168,20 +168,19 @@ class WorkerPool:
             return receive(self._sockets[worker], *arguments)
         except ConnectionError as error:
             process = self._processes[worker]
-            process.join(_CLOSE_SECONDS)
+            process.join(_END_SECONDS)
             raise WorkerDiedError(f"{process.name}, exit code {process.exitcode}") from error
 
 
 def _close(sockets: list[socket.socket], processes: list[Any]) -> None:
-    # A worker ends with its connection.
+    # Without asking: they may still be starting, or waiting for a file, and leave nothing.
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+        process.close()
     for connection in sockets:
         connection.close()
-    for process in processes:
-        process.join(_CLOSE_SECONDS)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-        process.close()
 
 
 def _work(connection: socket.socket, part: slice, num_threads: int) -> None:
@@ -202,7 +201,7 @@ def _work(connection: socket.socket, part: slice, num_threads: int) -> None:
 
 
 def _leave_with_parent(connection: socket.socket) -> None:
-    # Nothing ever comes but the end: the parent has closed it, or is dead however it died.
+    # A killed parent ends nobody, but its connections; nothing else ever comes.
     with contextlib.suppress(ConnectionError):
         connection.recv(1)
     os._exit(1)
