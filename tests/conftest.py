@@ -1,16 +1,13 @@
 """Set before JAX starts: several devices, and one cache of compiled programs for all processes."""
 
 import os
-import pathlib
 import shutil
 import tempfile
 
+import leftovers
 import pytest
 
 _MEMORY_BEFORE = pytest.StashKey[set[str]]()
-# A worker that dies between making a segment and telling Python's resource tracker leaves it. The
-# tests kill about so many; what is not given back by rule is hundreds.
-_MAX_LEFT_BY_KILLED_WORKERS = 8
 
 # Sharding is really exercised.
 os.environ["XLA_FLAGS"] = (
@@ -26,21 +23,15 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
-def _shared_memory() -> set[str]:
-    return {path.name for path in pathlib.Path("/dev/shm").glob("psm_*")}
-
-
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.stash[_MEMORY_BEFORE] = _shared_memory()
+    session.config.stash[_MEMORY_BEFORE] = leftovers.shared_memory()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fails where tests left shared memory behind; while they run, nobody knows whose it is."""
+    """Fails where tests left shared memory; those of faults look for it after each of them."""
     is_worker = hasattr(session.config, "workerinput")
-    left = set() if is_worker else _shared_memory() - session.config.stash[_MEMORY_BEFORE]
-    for name in left:
-        pathlib.Path("/dev/shm", name).unlink(missing_ok=True)
-    if len(left) > _MAX_LEFT_BY_KILLED_WORKERS:
+    left = set() if is_worker else leftovers.shared_memory() - session.config.stash[_MEMORY_BEFORE]
+    if left:
         print(f"\nShared memory was left behind: {', '.join(sorted(left))}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

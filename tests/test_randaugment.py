@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import reference
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from metaformer_jax.data import randaugment
 from metaformer_jax.data.randaugment import OPERATIONS, RandAugmentPolicy, parse_policy
@@ -192,3 +192,19 @@ def test_translations_are_parts_of_the_side_along_which_they_move(name, axis):
     )
     kept = (np.asarray(moved) == 255).any(1 - axis).mean()
     assert kept == pytest.approx(1 - 0.45, abs=0.01)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (3, 3), (4, 2), (31, 40)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_sharpness_is_pillows_to_the_bit(mode, shape):
+    rng = np.random.default_rng(0)
+    operation = OPERATIONS["SharpnessIncreasing"]
+    for magnitude, sign in itertools.product((0.0, 3.7, 9.0, 10.0), (1, -1)):
+        # Noise, and what lies at the ends: sums of every remainder, and results that are cut.
+        for low, high in ((0, 256), (0, 4), (250, 256)):
+            picture = Image.fromarray(
+                rng.integers(low, high, shape if mode == "L" else (*shape, 3), np.uint8)
+            )
+            expected = ImageEnhance.Sharpness(picture).enhance(operation.argument(magnitude, sign))
+            actual = randaugment.apply(picture, operation, magnitude, sign=sign)
+            np.testing.assert_array_equal(actual, expected)

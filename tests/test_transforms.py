@@ -71,6 +71,16 @@ def test_jpegs_are_decoded_as_pillow_decodes_them(mode, options):
     np.testing.assert_array_equal(decode(data, channels=1), grey)
 
 
+@pytest.mark.parametrize("data", [encoded(), encoded(PHOTO.convert("CMYK")), encoded(kind="PNG")])
+def test_any_part_of_an_image_can_be_cut_out(data):
+    whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    height, width, _ = whole.shape
+    for left, right in ((0, width), (0, 1), (width - 1, width), (7, 32)):
+        for top, bottom in ((0, height), (0, 1), (height - 1, height), (5, 90)):
+            part = decode(data, channels=3, crop=lambda *_, box=(left, top, right, bottom): box)
+            np.testing.assert_array_equal(part, whole[top:bottom, left:right])
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "I;16"])
 def test_other_files_are_converted_as_pillow_converts_them(mode):
     image = PHOTO.convert("L").convert("I;16") if mode == "I;16" else PHOTO.convert(mode)

@@ -5,27 +5,19 @@ a step is the same in every run, on any number of processes, workers and threads
 """
 
 import dataclasses
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TypedDict
 
 import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Bool, Int32, UInt8
 
 from metaformer_jax.data.sources import BadRecordError, Source
 from metaformer_jax.data.transforms import decode
+from metaformer_jax.data.workers import Chunk, Chunks, LocalChunks, WorkerDiedError, WorkerPool
 
 # Workers hand over so many images at a time: a batch is soon there, as all of them work at it.
 _MAX_CHUNK = 16
-# Below it a copy is cheaper than a segment of shared memory.
-_MIN_SHARED_BYTES = 2**14
-# How long workers go on that are told to end.
-_GRACE_SECONDS = 60.0
 # Bad examples in a row before the data set is given up.
 _MAX_NEIGHBOURS = 100
 
@@ -126,7 +118,7 @@ class Batches(Iterator[Batch]):
 
     def __init__(
         self,
-        chunks: Any,
+        chunks: Chunks,
         source: Source,
         share: Share,
         *,
@@ -137,25 +129,11 @@ class Batches(Iterator[Batch]):
         self._source = source
         self._chunks_per_batch = share.size // share.chunk_size
         self._max_bad = max_bad_fraction * len(source)
-        options = grain.ReadOptions(
-            num_threads=workers.num_threads, prefetch_buffer_size=2 * max(1, workers.num_threads)
+        self._chunks: WorkerPool | LocalChunks = (
+            WorkerPool(chunks, num_workers=workers.num_workers, num_threads=workers.num_threads)
+            if workers.num_workers
+            else LocalChunks(chunks, num_threads=workers.num_threads)
         )
-        dataset = grain.experimental.WithOptionsIterDataset(
-            grain.MapDataset.source(chunks).to_iter_dataset(options),
-            # Labels and their like travel with the message.
-            grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED_BYTES),
-        )
-        if workers.num_workers:
-            # Grain reads its flags, which only absl's own programs parse.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(
-                    num_workers=workers.num_workers, per_worker_buffer_size=2
-                ),
-                worker_init_fn=_start_worker,
-            )
-        self._iterator: Iterator[Any] = iter(dataset)
 
     def __enter__(self) -> Self:
         return self
@@ -165,21 +143,18 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Ends the workers, and with them the batches."""
-        closed, self._iterator = self._iterator, iter(())
-        if hasattr(closed, "close"):
-            closed.close()
+        self._chunks.close()
 
     def __next__(self) -> Batch:
         try:
-            # A copy in any case: what the workers share goes with them.
-            batch = _joined([next(self._iterator) for _ in range(self._chunks_per_batch)])
-        except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):
-                raise
+            images, abouts = self._chunks.take(self._chunks_per_batch)
+        except WorkerDiedError as error:
             raise DataError(
-                f"A worker that reads data has died: {error} Was it killed for want of memory? "
+                f"A worker that reads data has died: {error}. Was it killed for want of memory? "
                 "Lower `data.num_workers`; the last checkpoint is good."
             ) from error
+        batch: Any = {"image": images}
+        batch |= {key: np.concatenate([about[key] for about in abouts]) for key in abouts[0]}
         self._note_bad(batch["bad"])
         return batch
 
@@ -193,10 +168,6 @@ class Batches(Iterator[Batch]):
                 f"At most {int(self._max_bad)} of {len(self._source)} examples may be bad "
                 f"(`data.max_bad_fraction`), got {len(self.bad)}:\n" + "\n".join(shown)
             )
-
-
-def _joined(chunks: list[Any]) -> Any:
-    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
 def training_batches(
@@ -298,7 +269,7 @@ class _Chunks:
         steps = 2**40 if self.end is None else -(-self.end // self.share.batch_size)
         return steps * per_batch
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Chunk:
         size = self.share.chunk_size
         step, within = divmod(index, self.share.size // size)
         first = self.share.first_position(self.start_step + step) + within * size
@@ -311,13 +282,19 @@ class _Chunks:
         if self.end is not None:
             # One that stands in for another would count twice.
             mask &= bad < 0
-        return {
-            "image": np.stack([example["image"] for example in examples]),
+        images = [example["image"] for example in examples]
+        if len(forms := {(image.shape, image.dtype) for image in images}) > 1:
+            raise ValueError(
+                "`transform` must give images of one shape and type, got "
+                f"{' and '.join(f'{shape} {dtype}' for shape, dtype in sorted(forms))}."
+            )
+        about = {
             "label": np.array([example["label"] for example in examples], np.int32),
             "mask": mask,
             "index": np.array([example["index"] for example in examples], np.int32),
             "bad": bad,
         }
+        return Chunk(images, about)
 
 
 def _why_bad(source: Source, index: int) -> str:
@@ -326,26 +303,3 @@ def _why_bad(source: Source, index: int) -> str:
     except (BadRecordError, OSError) as error:
         return f"{source.describe(index)}: {error}"
     return f"{source.describe(index)}: it could not be read, and now can"
-
-
-def _start_worker(worker_index: int, num_workers: int) -> None:
-    del worker_index, num_workers
-    # The main process decides what an interrupt means, and has time to save when the whole group
-    # of processes is told to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: _leave_after(_GRACE_SECONDS))
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        # A killed parent ends nobody, and its workers would wait for it for ever.
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _leave_after(seconds: float) -> None:
-    timer = threading.Timer(seconds, os._exit, args=(1,))
-    timer.daemon = True
-    timer.start()

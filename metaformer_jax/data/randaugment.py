@@ -176,6 +176,18 @@ def _enhance(image: Image.Image, factor: float, enhancer: type) -> Image.Image:
     return enhancer(image).enhance(factor)
 
 
+def _sharpness(image: Image.Image, factor: float) -> Image.Image:
+    # What ImageEnhance.Sharpness does, whose smoothing takes four times as long. The border stays,
+    # and of thirteen no sum lies half-way, so that rounding leaves no doubt.
+    pixels = np.asarray(image)
+    wide = pixels.astype(np.uint16)
+    rows = wide[:-2] + wide[1:-1] + wide[2:]
+    sums = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * wide[1:-1, 1:-1]
+    smooth = pixels.copy()
+    smooth[1:-1, 1:-1] = (2 * sums + 13) // 26
+    return Image.blend(Image.fromarray(smooth), image, factor)
+
+
 def _rotate(
     image: Image.Image, degrees: float, *, resample: Image.Resampling, fill: Fill
 ) -> Image.Image:
@@ -237,7 +249,7 @@ OPERATIONS = {
     "ColorIncreasing": _enhancer(ImageEnhance.Color),
     "ContrastIncreasing": _enhancer(ImageEnhance.Contrast),
     "BrightnessIncreasing": _enhancer(ImageEnhance.Brightness),
-    "SharpnessIncreasing": _enhancer(ImageEnhance.Sharpness),
+    "SharpnessIncreasing": Operation(_sharpness, _enhancement, has_sign=True),
     "ShearX": _geometric(_shear, 0.3, axis=0),
     "ShearY": _geometric(_shear, 0.3, axis=1),
     "TranslateXRel": _geometric(_translate, 0.45, axis=0),

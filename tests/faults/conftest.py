@@ -4,6 +4,7 @@ import pathlib
 import time
 import uuid
 
+import leftovers
 import pytest
 import runs
 
@@ -41,7 +42,7 @@ def _remains(look):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(monkeypatch, tmp_path_factory):
-    """No process and no temporary file; of shared memory, which has no owner, see `../conftest`."""
+    """No process, no temporary file, no shared memory and no semaphore."""
     if not pathlib.Path("/proc/self/environ").exists():
         yield
         return
@@ -49,9 +50,13 @@ def nothing_is_left_behind(monkeypatch, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv(_MARK, mark)
     monkeypatch.setenv("TMPDIR", str(temporary))
+    memory = leftovers.shared_memory()
     yield
     assert not _remains(lambda: _processes_of(mark))
     assert not list(temporary.iterdir())
+    # Its name is all there is of it, so what comes from elsewhere has the time to be taken.
+    left = leftovers.shared_memory() - memory
+    assert not _remains(lambda: left & leftovers.shared_memory())
 
 
 @pytest.fixture(scope="session")
