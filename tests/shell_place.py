@@ -26,8 +26,8 @@ CHECKOUT = (
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"),
     *("constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.cfg"),
 )
-# What begins so lies in the page's own folder.
 _MAX_SECONDS = 600
+# What begins so lies in the page's own folder.
 ROOTS = ("/data/", "/mnt/", "/path/", "/shared/")
 PROGRAMS = (
     *("gcloud", "make", "metaformer-jax", "pip", "python", "python3", "python3.11", "srun"),
