@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import runpy
 import shutil
 import socket
@@ -149,11 +150,21 @@ def pip(arguments):
     command = [sys.executable, "-m", "pip", *arguments, *PLANNED, *find]
     code = subprocess.call(command)
     if code == 0:
-        for package in json.loads(report.read_text())["install"]:
-            asked = set(package.get("requested_extras", ()))
-            if unknown := asked - set(package["metadata"].get("provides_extra", ())):
-                sys.exit(f"{package['metadata']['name']} does not provide {', '.join(unknown)}")
+        # Reports tell what was asked for from pip 23.1 on; older ones what there is.
+        asked = {extra for word in arguments for extra in _extras(word)}
+        declared = {
+            extra
+            for package in json.loads(report.read_text())["install"]
+            for extra in package["metadata"].get("provides_extra", ())
+        }
+        if unknown := asked - declared:
+            sys.exit(f"no package that is installed provides {', '.join(unknown)}")
     return code
+
+
+def _extras(word):
+    found = re.search(r"\[(.+)\]$", word)
+    return found[1].split(",") if found else []
 
 
 def make(arguments):
