@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from metaformer_jax.inference.classifier import Classifier
 from metaformer_jax.models import MetaFormer
 from metaformer_jax.models.mixers import DepthwiseConv
+from metaformer_jax.models.normalization import LayerNorm
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
@@ -133,6 +134,10 @@ class _Linear(nnx.Linear):
     __call__ = nnx.Linear.__call__
 
 
+class _LayerNorm(LayerNorm):
+    __call__ = nnx.LayerNorm.__call__
+
+
 class _DepthwiseConv(DepthwiseConv):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return jax.lax.conv_general_dilated(
@@ -149,7 +154,12 @@ def _in_plain_operations(model: MetaFormer) -> MetaFormer:
     # jax2onnx replaces Flax's layers by its own, which do not take all arguments of ours, and it
     # knows no branches by platform.
     model = nnx.clone(model)
-    plain = {nnx.Conv: _Conv, nnx.Linear: _Linear, DepthwiseConv: _DepthwiseConv}
+    plain = {
+        nnx.Conv: _Conv,
+        nnx.Linear: _Linear,
+        LayerNorm: _LayerNorm,
+        DepthwiseConv: _DepthwiseConv,
+    }
     for _, module in nnx.iter_modules(model):
         if type(module) in plain:
             object.__setattr__(module, "__class__", plain[type(module)])
