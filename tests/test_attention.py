@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metaformer_jax.models import attention
 from metaformer_jax.models.attention import dot_product_attention
 
 # Query and key tokens, heads, channels of a head.
@@ -27,6 +28,26 @@ def test_values_and_gradients_are_those_of_jax(shape):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     for gradient, expected in zip(vjp(cotangent), plain_vjp(cotangent), strict=True):
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_all_platforms_compute_the_same(shape, dtype):
+    *arguments, cotangent = _arrays(shape, dtype)
+    tolerance = (
+        {"rtol": 1e-5, "atol": 2e-6} if dtype == jnp.float32 else {"rtol": 0.03, "atol": 0.03}
+    )
+    results = attention._attend(*arguments)
+    for actual, expected in zip(attention._attend_by_head(*arguments), results, strict=True):
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_allclose(actual, expected, **tolerance)
+    residuals = (*arguments, *results, cotangent)
+    pairs = zip(
+        attention._gradients_by_head(*residuals), attention._gradients(*residuals), strict=True
+    )
+    for actual, expected in pairs:
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_allclose(actual, expected, **tolerance)
 
 
 def test_scores_beyond_the_range_of_exp_pick_their_largest():

@@ -73,13 +73,13 @@ def test_head_dropout_acts_in_training_only(head):
 
 
 def test_kernels_start_with_the_published_width():
-    kernel = layers.linear(400, 400, rngs=nnx.Rngs(0)).kernel[...]
+    kernel = layers.Linear(400, 400, rngs=nnx.Rngs(0)).kernel[...]
     np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.01)
 
 
 @pytest.mark.parametrize("dims", [(3, 8), (8, 3), (4, 4)])
 def test_a_linear_layer_has_the_gradients_of_a_matrix_product(dims):
-    layer = layers.linear(*dims, rngs=nnx.Rngs(0))
+    layer = layers.Linear(*dims, rngs=nnx.Rngs(0))
     kernel = layer.kernel[...]
     x = jax.random.normal(jax.random.key(0), (2, 3, 5, dims[0]))
     cotangent = jax.random.normal(jax.random.key(1), (2, 3, 5, dims[1]))

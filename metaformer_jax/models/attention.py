@@ -2,7 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
+
+from metaformer_jax.models.schedule import run_after
 
 
 @jax.custom_vjp
@@ -20,39 +23,121 @@ def dot_product_attention(
 
 
 def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
-    wide = _accumulator(query)
-    scores = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=wide)
-    scores *= query.shape[-1] ** -0.5
-    exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
-    totals = _by_token(exponentials.sum(-1))
-    kept = exponentials.astype(value.dtype)
-    mixed = jnp.einsum("bnts,bsnd->btnd", kept, value, preferred_element_type=wide) / totals
-    mixed = mixed.astype(value.dtype)
+    kept, totals, mixed = lax.platform_dependent(
+        query, key, value, cpu=_attend_by_head, default=_attend
+    )
     return mixed, (query, key, value, kept, totals, mixed)
 
 
 def _backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
-    query, key, value, exponentials, totals, mixed = residuals
+    return lax.platform_dependent(*residuals, cotangent, cpu=_gradients_by_head, default=_gradients)
+
+
+dot_product_attention.defvjp(_forward, _backward)
+
+
+def _attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """The exponentials `[b, n, t, s]`, their sums `[b, n, t, 1]` and what is made of the values."""
     wide = _accumulator(query)
-    shares = cotangent.astype(wide) / totals
+    scores = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=wide)
+    exponentials, totals = _exponentials(scores, query.shape[-1])
+    kept = exponentials.astype(value.dtype)
+    mixed = jnp.einsum("bnts,bsnd->btnd", kept, value, preferred_element_type=wide)
+    mixed = mixed / _swapped(totals)
+    return kept, totals, mixed.astype(value.dtype)
+
+
+def _gradients(
+    query: Array,
+    key: Array,
+    value: Array,
+    exponentials: Array,
+    totals: Array,
+    mixed: Array,
+    cotangent: Array,
+) -> tuple[Array, Array, Array]:
+    wide = _accumulator(query)
+    shares = cotangent.astype(wide) / _swapped(totals)
     value_gradient = jnp.einsum("bnts,btnd->bsnd", exponentials, shares.astype(value.dtype))
     # The softmax takes from each gradient its mean over the tokens, which is that of the output.
-    mean = jnp.sum(shares * mixed.astype(wide), axis=-1)
+    mean = jnp.sum(shares * mixed.astype(wide), axis=-1, keepdims=True)
     by_weight = jnp.einsum("btnd,bsnd->bnts", cotangent, value, preferred_element_type=wide)
-    by_weight = by_weight / totals[..., 0].transpose(0, 2, 1)[..., None]
-    by_score = exponentials.astype(wide) * (by_weight - mean.transpose(0, 2, 1)[..., None])
+    by_score = exponentials.astype(wide) * (by_weight / totals - _swapped(mean))
     by_score = (by_score * query.shape[-1] ** -0.5).astype(query.dtype)
     query_gradient = jnp.einsum("bnts,bsnd->btnd", by_score, key)
     key_gradient = jnp.einsum("bnts,btnd->bsnd", by_score, query)
     return query_gradient, key_gradient, value_gradient
 
 
-dot_product_attention.defvjp(_forward, _backward)
+def _attend_by_head(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """`_attend` for CPUs, as products of matrices that lie in memory as they are multiplied.
+
+    XLA for CPUs takes two to five times as long for products that have the heads between the axes
+    of a matrix; the barrier keeps it from making such of these.
+    """
+    wide = _accumulator(query)
+    query, key, value = lax.optimization_barrier(
+        (_swapped(query), _transposed(key), _swapped(value))
+    )
+    scores = jnp.matmul(query, key, preferred_element_type=wide)
+    exponentials, totals = _exponentials(scores, query.shape[-1])
+    kept = exponentials.astype(value.dtype)
+    mixed = jnp.matmul(kept, value, preferred_element_type=wide) / totals
+    return kept, totals, _swapped(mixed.astype(value.dtype))
+
+
+def _gradients_by_head(
+    query: Array,
+    key: Array,
+    value: Array,
+    exponentials: Array,
+    totals: Array,
+    mixed: Array,
+    cotangent: Array,
+) -> tuple[Array, Array, Array]:
+    """`_gradients` for CPUs: no matrix of weights is transposed, those of `d` columns are."""
+    wide = _accumulator(query)
+    query, key, value, mixed = (run_after(x, cotangent) for x in (query, key, value, mixed))
+    shares = cotangent.astype(wide) / _swapped(totals)
+    mean = jnp.sum(shares * mixed.astype(wide), axis=-1, keepdims=True)
+    query, key, value, cotangent, shares, mean = lax.optimization_barrier(
+        (
+            _transposed(query),
+            _swapped(key),
+            _transposed(value),
+            _swapped(cotangent),
+            _transposed(shares.astype(value.dtype)),
+            _swapped(mean),
+        )
+    )
+    value_gradient = jnp.matmul(shares, exponentials)
+    by_weight = jnp.matmul(cotangent, value, preferred_element_type=wide)
+    by_score = exponentials.astype(wide) * (by_weight / totals - mean)
+    by_score = (by_score * query.shape[-2] ** -0.5).astype(query.dtype)
+    query_gradient = jnp.matmul(by_score, key)
+    key_gradient = jnp.matmul(query, by_score)
+    return (
+        _swapped(query_gradient),
+        key_gradient.transpose(0, 3, 1, 2),
+        value_gradient.transpose(0, 3, 1, 2),
+    )
+
+
+def _exponentials(
+    scores: Float[Array, "b n t s"], head_dim: int
+) -> tuple[Float[Array, "b n t s"], Float[Array, "b n t 1"]]:
+    scores = scores * head_dim**-0.5
+    exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
+    return exponentials, exponentials.sum(-1, keepdims=True)
 
 
 def _accumulator(array: Array) -> jnp.dtype:
     return jnp.promote_types(array.dtype, jnp.float32)
 
 
-def _by_token(totals: Float[Array, "b n t"]) -> Float[Array, "b t n 1"]:
-    return totals.transpose(0, 2, 1)[..., None]
+def _swapped(array: Float[Array, "b t n d"]) -> Float[Array, "b n t d"]:
+    return array.transpose(0, 2, 1, 3)
+
+
+def _transposed(array: Float[Array, "b t n d"]) -> Float[Array, "b n d t"]:
+    return array.transpose(0, 2, 3, 1)

@@ -10,7 +10,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
+from metaformer_jax.models.matmul import matmul
 from metaformer_jax.models.normalization import LayerNorm
+from metaformer_jax.models.star_relu import (
+    StarReLU,
+    activate_and_apply,
+    squared_relu,
+    star_relu_matmul,
+)
 
 _BLOCK = 2**16
 # What tensors are called for `models.stages.REMAT`: what takes a matrix product to compute again.
@@ -89,62 +96,25 @@ def image_layer_norm(dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> L
     return layer_norm(dim, axes=(1, 2, 3), dtype=dtype, rngs=rngs)
 
 
-def linear(dim: int, out_dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> nnx.Linear:
+class Linear(nnx.Linear):
     """A matrix product over the last axis, without bias."""
-    return nnx.Linear(
-        dim,
-        out_dim,
-        use_bias=False,
-        kernel_init=kernel_init,
-        dtype=dtype,
-        dot_general=_dot_general,
-        rngs=rngs,
-    )
 
+    def __init__(self, dim: int, out_dim: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(
+            dim, out_dim, use_bias=False, kernel_init=kernel_init, dtype=dtype, rngs=rngs
+        )
 
-def _dot_general(x: Array, kernel: Array, dimension_numbers: Any, **_: Any) -> Array:
-    del dimension_numbers
-    return checkpoint_name(_matmul(x, kernel), PRODUCT)
+    def __call__(self, inputs: Float[Array, "*b c"]) -> Float[Array, "*b d"]:  # type: ignore[override]
+        kernel = jnp.asarray(self.kernel[...], self.dtype)
+        return checkpoint_name(matmul(jnp.asarray(inputs, self.dtype), kernel), PRODUCT)
 
-
-@jax.custom_vjp
-def _matmul(x: Float[Array, "*b c"], kernel: Float[Array, "c d"]) -> Float[Array, "*b d"]:
-    return x @ kernel
-
-
-def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
-
-
-def _matmul_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    # XLA for CPUs transposes the left side of a sum over tokens in memory: let it be the smaller.
-    x, kernel = residuals
-    left, right = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-    is_swapped = left.shape[1] > right.shape[1]
-    if is_swapped:
-        left, right = right, left
-    product = jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())))
-    return cotangent @ kernel.T, product.T if is_swapped else product
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-class StarReLU(nnx.Module):
-    """`s * relu(x) ** 2 + b` with one learned `s` and `b` (the publication's own activation)."""
-
-    def __init__(self, *, rngs: nnx.Rngs):
-        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (1,)))
-        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (1,)))
-
-    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-        return (self.scale[...] * squared_relu(x) + self.bias[...]).astype(x.dtype)
-
-
-def squared_relu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """`relu(x) ** 2` (https://arxiv.org/abs/2109.08668)."""
-    # Written as a maximum, XLA for CPUs fills an array with zeros to compare with.
-    return jnp.where(x <= 0, 0, jnp.square(x))
+    def after_star_relu(
+        self, x: Float[Array, "*b c"], scale: Float[Array, " 1"], bias: Float[Array, " 1"]
+    ) -> Float[Array, "*b d"]:
+        """See `star_relu.AfterStarReLU`."""
+        kernel = jnp.asarray(self.kernel[...], self.dtype)
+        product = star_relu_matmul(jnp.asarray(x, self.dtype), scale, bias, kernel)
+        return checkpoint_name(product, PRODUCT)
 
 
 class ResScale(nnx.Module):
@@ -225,12 +195,12 @@ class Mlp(nnx.Module):
         self, dim: int, *, expansion_ratio: float = 4, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
         hidden_dim = int(dim * expansion_ratio)
-        self.fc1 = linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
         self.act = StarReLU(rngs=rngs)
-        self.fc2 = linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        return self.fc2(self.act(self.fc1(x)))
+        return activate_and_apply(self.act, self.fc2, self.fc1(x))
 
 
 class Downsampling(nnx.Module):

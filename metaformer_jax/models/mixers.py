@@ -10,7 +10,12 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models.attention import dot_product_attention
 from metaformer_jax.models.depthwise import depthwise_conv2d
-from metaformer_jax.models.layers import PRODUCT, Frozen, StarReLU, kernel_init, linear
+from metaformer_jax.models.layers import PRODUCT, Frozen, Linear, kernel_init
+from metaformer_jax.models.star_relu import (
+    StarReLU,
+    activate_and_apply,
+    star_relu_depthwise_conv2d,
+)
 
 
 class TokenMixerFn(Protocol):
@@ -119,13 +124,13 @@ class SepConv(nnx.Module):
     ):
         del resolution
         hidden_dim = int(dim * expansion_ratio)
-        self.pwconv1 = linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.pwconv1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
         self.act1 = StarReLU(rngs=rngs)
         self.dwconv = DepthwiseConv(hidden_dim, kernel_size=kernel_size, dtype=dtype, rngs=rngs)
-        self.pwconv2 = linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
+        self.pwconv2 = Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        return self.pwconv2(self.dwconv(self.act1(self.pwconv1(x))))
+        return self.pwconv2(activate_and_apply(self.act1, self.dwconv, self.pwconv1(x)))
 
 
 class DepthwiseConv(nnx.Module):
@@ -138,6 +143,14 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         kernel = jnp.asarray(self.kernel[...], self.dtype)
         return checkpoint_name(depthwise_conv2d(jnp.asarray(x, self.dtype), kernel), PRODUCT)
+
+    def after_star_relu(
+        self, x: Float[Array, "b h w c"], scale: Float[Array, " 1"], bias: Float[Array, " 1"]
+    ) -> Float[Array, "b h w c"]:
+        """See `star_relu.AfterStarReLU`."""
+        kernel = jnp.asarray(self.kernel[...], self.dtype)
+        mixed = star_relu_depthwise_conv2d(jnp.asarray(x, self.dtype), scale, bias, kernel)
+        return checkpoint_name(mixed, PRODUCT)
 
 
 class Attention(nnx.Module):
@@ -156,8 +169,8 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
         self.num_heads = max(1, dim // head_dim)
         attention_dim = self.num_heads * head_dim
-        self.qkv = linear(dim, 3 * attention_dim, dtype=dtype, rngs=rngs)
-        self.proj = linear(attention_dim, dim, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(dim, 3 * attention_dim, dtype=dtype, rngs=rngs)
+        self.proj = Linear(attention_dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, _ = x.shape

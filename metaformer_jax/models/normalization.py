@@ -9,6 +9,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from metaformer_jax.models.schedule import run_after
+
 
 class LayerNorm(nnx.LayerNorm):
     """Flax's layer normalisation with a backward pass of its own; a scale, and maybe a bias.
@@ -37,7 +39,7 @@ def _forward(
     x: Array, scale: Array, axes: tuple[int, ...], epsilon: float
 ) -> tuple[Array, tuple[Array, ...]]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = jnp.mean(wide, axes, keepdims=True)
+    mean = _unfused(jnp.mean(wide, axes, keepdims=True))
     centred = wide - mean
     inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + epsilon)
     inverse = _unfused(inverse)
@@ -49,7 +51,8 @@ def _backward(
 ) -> tuple[Array, Array]:
     del epsilon
     x, scale, mean, inverse = residuals
-    normalized = (x.astype(mean.dtype) - mean) * inverse
+    # The other way round than in the forward pass, or XLA for CPUs would keep it from there.
+    normalized = (mean - run_after(x, cotangent).astype(mean.dtype)) * -inverse
     gradient = cotangent * scale
     # What moves all values, or stretches them, does not show in the output.
     moved = jnp.mean(gradient, axes, keepdims=True)

@@ -1,0 +1,145 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from metaformer_jax.models import star_relu
+from metaformer_jax.models.layers import Mlp
+from metaformer_jax.models.mixers import SepConv
+from metaformer_jax.models.schedule import run_after
+
+SCALE, BIAS = jnp.array([0.7]), jnp.array([-0.3])
+
+
+def _matmul(x, scale, bias, kernel):
+    return _plain(x, scale, bias) @ kernel
+
+
+def _depthwise(x, scale, bias, kernel):
+    return jax.lax.conv_general_dilated(
+        _plain(x, scale, bias),
+        kernel[:, :, None],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def _plain(x, scale, bias):
+    return scale * jnp.maximum(x, 0) ** 2 + bias
+
+
+# Ours, the formula, and the shape of the kernel.
+LAYERS = [
+    (star_relu.star_relu_matmul, _matmul, (6, 9)),
+    (star_relu.star_relu_matmul, _matmul, (6, 2)),
+    (star_relu.star_relu_depthwise_conv2d, _depthwise, (3, 5, 6)),
+]
+
+
+def _arguments(kernel_shape, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, 5, 4, 6), dtype)
+    return x, SCALE, BIAS, jax.random.normal(keys[1], kernel_shape, dtype)
+
+
+@pytest.mark.parametrize(("layer", "formula", "kernel_shape"), LAYERS)
+def test_values_and_all_gradients_are_those_of_the_formula(layer, formula, kernel_shape):
+    arguments = _arguments(kernel_shape)
+    value, vjp = jax.vjp(layer, *arguments)
+    expected, plain_vjp = jax.vjp(formula, *arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+    cotangent = jax.random.normal(jax.random.key(1), value.shape)
+    for actual, expected in zip(vjp(cotangent), plain_vjp(cotangent), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.5])
+def test_any_scale_has_its_gradient(scale):
+    x, _, bias, kernel = _arguments((6, 9))
+    scale = jnp.array([scale])
+    actual, expected = (
+        jax.grad(lambda scale, f=f: jnp.sum(jnp.sin(f(x, scale, bias, kernel))))(scale)
+        for f in (star_relu.star_relu_matmul, _matmul)
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("layer", "formula", "kernel_shape"), LAYERS)
+def test_second_derivatives_are_those_of_the_formula(layer, formula, kernel_shape):
+    def norm_of_gradients(function, *arguments):
+        of = jax.grad(lambda *a: jnp.sum(function(*a) ** 2), argnums=(0, 1, 2, 3))(*arguments)
+        return sum(jnp.sum(gradient**2) for gradient in of)
+
+    arguments = _arguments(kernel_shape)
+    for index in range(4):
+        actual, expected = (
+            jax.grad(norm_of_gradients, argnums=index + 1)(f, *arguments) for f in (layer, formula)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("layer", "formula", "kernel_shape"), LAYERS)
+def test_in_bfloat16_gradients_of_scale_and_bias_are_summed_in_float32(
+    layer, formula, kernel_shape
+):
+    arguments = _arguments(kernel_shape, jnp.bfloat16)
+    wide = [array.astype(jnp.float32) for array in arguments]
+    value, vjp = jax.vjp(layer, *arguments)
+    expected, plain_vjp = jax.vjp(formula, *wide)
+    assert value.dtype == jnp.bfloat16
+    cotangent = jax.random.normal(jax.random.key(1), value.shape, jnp.bfloat16)
+    pairs = zip(vjp(cotangent), plain_vjp(cotangent.astype(jnp.float32)), strict=True)
+    for actual, expected in pairs:
+        error = np.abs(np.asarray(actual, np.float32) - expected)
+        assert error.max() <= 2**-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("build", [Mlp, SepConv])
+def test_a_module_computes_what_its_layers_compute(build):
+    module = build(6, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 6))
+    if build is Mlp:
+        expected = module.fc2(module.act(module.fc1(x)))
+    else:
+        expected = module.pwconv2(module.dwconv(module.act1(module.pwconv1(x))))
+    np.testing.assert_allclose(module(x), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("replaced", ["act", "fc2"])
+def test_layers_of_ones_own_take_the_place_of_these(replaced):
+    mlp = Mlp(6, rngs=nnx.Rngs(0))
+    setattr(mlp, replaced, lambda x: 2 * x)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 3, 6))
+    np.testing.assert_allclose(mlp(x), mlp.fc2(mlp.act(mlp.fc1(x))), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "formula", "kernel_shape"),
+    [(LAYERS[0][0], _matmul, (64, 64)), (LAYERS[2][0], _depthwise, (3, 3, 64))],
+)
+def test_the_backward_pass_keeps_the_inputs_of_activations_alone(layer, formula, kernel_shape):
+    # On a CPU, whose compiler would compute everything else in the forward pass and keep it.
+    depth, x = 12, jnp.ones((4, 32, 32, 64))
+    kernels = jnp.ones((64, 64)), jnp.ones(kernel_shape)
+
+    def temporaries(apply):
+        def loss(x, kernels):
+            for _ in range(depth):
+                x = apply(x @ kernels[0], SCALE, BIAS, kernels[1])
+            return jnp.sum(x**2)
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / x.nbytes / depth
+
+    # The inputs of both layers, and something to work with, where it was twice that.
+    assert temporaries(layer) < 2.6
+    assert temporaries(formula) > 4
+
+
+def test_what_runs_after_is_the_same():
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    np.testing.assert_array_equal(run_after(x, jnp.ones((2, 2))), x)
+    assert run_after(x.astype(jnp.bfloat16), jnp.ones((2, 2))).dtype == jnp.bfloat16
