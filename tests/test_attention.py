@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,19 @@ from metaformer_jax.models.attention import dot_product_attention
 
 # Query and key tokens, heads, channels of a head.
 SHAPES = [(7, 7, 2, 4), (5, 9, 3, 8), (1, 1, 1, 2), (6, 6, 2, 32)]
+
+
+# Nothing here runs long: compiling soon is what counts.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def _value_and_gradients(function, arguments, cotangent):
+    @_jit
+    def both(arguments, cotangent):
+        value, vjp = jax.vjp(function, *arguments)
+        return value, vjp(cotangent)
+
+    return both(arguments, cotangent)
 
 
 def _arrays(shape, dtype=jnp.float32):
@@ -23,10 +38,10 @@ def _arrays(shape, dtype=jnp.float32):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_those_of_jax(shape):
     *arguments, cotangent = _arrays(shape)
-    actual, vjp = jax.vjp(dot_product_attention, *arguments)
-    expected, plain_vjp = jax.vjp(jax.nn.dot_product_attention, *arguments)
+    actual, gradients = _value_and_gradients(dot_product_attention, arguments, cotangent)
+    expected, plain = _value_and_gradients(jax.nn.dot_product_attention, arguments, cotangent)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
-    for gradient, expected in zip(vjp(cotangent), plain_vjp(cotangent), strict=True):
+    for gradient, expected in zip(gradients, plain, strict=True):
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -37,13 +52,16 @@ def test_all_platforms_compute_the_same(shape, dtype):
     tolerance = (
         {"rtol": 1e-5, "atol": 2e-6} if dtype == jnp.float32 else {"rtol": 0.03, "atol": 0.03}
     )
-    results = attention._attend(*arguments)
-    for actual, expected in zip(attention._attend_by_head(*arguments), results, strict=True):
+    results = _jit(attention._attend)(*arguments)
+    by_head = _jit(attention._attend_by_head)(*arguments)
+    for actual, expected in zip(by_head, results, strict=True):
         assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
         np.testing.assert_allclose(actual, expected, **tolerance)
     residuals = (*arguments, *results, cotangent)
     pairs = zip(
-        attention._gradients_by_head(*residuals), attention._gradients(*residuals), strict=True
+        _jit(attention._gradients_by_head)(*residuals),
+        _jit(attention._gradients)(*residuals),
+        strict=True,
     )
     for actual, expected in pairs:
         assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
@@ -61,11 +79,11 @@ def test_scores_beyond_the_range_of_exp_pick_their_largest():
 def test_in_bfloat16_sums_are_float32():
     arguments = _arrays((64, 512, 2, 32), jnp.bfloat16)
     *wide, wide_cotangent = (array.astype(jnp.float32) for array in arguments)
-    actual, vjp = jax.vjp(dot_product_attention, *arguments[:3])
-    expected, plain_vjp = jax.vjp(jax.nn.dot_product_attention, *wide)
+    actual, gradients = _value_and_gradients(dot_product_attention, arguments[:3], arguments[3])
+    expected, plain = _value_and_gradients(jax.nn.dot_product_attention, wide, wide_cotangent)
     assert actual.dtype == jnp.bfloat16
     # Eight bits: of the weights, and of the result. A sum in bfloat16 is off by tens of percent.
-    pairs = zip((actual, *vjp(arguments[3])), (expected, *plain_vjp(wide_cotangent)), strict=True)
+    pairs = zip((actual, *gradients), (expected, *plain), strict=True)
     for narrow, wide in pairs:
         error = np.abs(np.asarray(narrow, np.float32) - wide)
         assert error.max() <= 2**-7 * np.abs(wide).max()
@@ -78,9 +96,11 @@ def test_second_derivatives_work():
         gradients = jax.grad(lambda *a: jnp.sum(function(*a) ** 2), argnums=(0, 1, 2))(*arguments)
         return sum(jnp.sum(gradient**2) for gradient in gradients)
 
-    for index in range(3):
-        actual, expected = (
-            jax.grad(norm_of_gradients, argnums=1 + index)(function, *arguments)
-            for function in (dot_product_attention, jax.nn.dot_product_attention)
+    actuals, expecteds = (
+        _jit(jax.grad(functools.partial(norm_of_gradients, function), argnums=(0, 1, 2)))(
+            *arguments
         )
+        for function in (dot_product_attention, jax.nn.dot_product_attention)
+    )
+    for actual, expected in zip(actuals, expecteds, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)

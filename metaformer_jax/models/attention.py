@@ -61,6 +61,7 @@ def _gradients(
     value_gradient = jnp.einsum("bnts,btnd->bsnd", exponentials, shares.astype(value.dtype))
     # The softmax takes from each gradient its mean over the tokens, which is that of the output.
     mean = jnp.sum(shares * mixed.astype(wide), axis=-1, keepdims=True)
+    # Not by the shares: for TPUs that is compiled to twice as many cycles.
     by_weight = jnp.einsum("btnd,bsnd->bnts", cotangent, value, preferred_element_type=wide)
     by_score = exponentials.astype(wide) * (by_weight / totals - _swapped(mean))
     by_score = (by_score * query.shape[-1] ** -0.5).astype(query.dtype)
@@ -96,24 +97,24 @@ def _gradients_by_head(
     cotangent: Array,
 ) -> tuple[Array, Array, Array]:
     """`_gradients` for CPUs: no matrix of weights is transposed, those of `d` columns are."""
-    wide = _accumulator(query)
     query, key, value, mixed = (run_after(x, cotangent) for x in (query, key, value, mixed))
-    shares = cotangent.astype(wide) / _swapped(totals)
-    mean = jnp.sum(shares * mixed.astype(wide), axis=-1, keepdims=True)
-    query, key, value, cotangent, shares, mean = lax.optimization_barrier(
+    # Neither sums nor scale go into every pair of tokens.
+    shares = cotangent.astype(totals.dtype) / _swapped(totals)
+    scaled = shares * query.shape[-1] ** -0.5
+    mean = jnp.sum(scaled * mixed.astype(totals.dtype), axis=-1, keepdims=True)
+    query, key, value, shares, scaled, mean = lax.optimization_barrier(
         (
             _transposed(query),
             _swapped(key),
             _transposed(value),
-            _swapped(cotangent),
             _transposed(shares.astype(value.dtype)),
+            _swapped(scaled.astype(value.dtype)),
             _swapped(mean),
         )
     )
     value_gradient = jnp.matmul(shares, exponentials)
-    by_weight = jnp.matmul(cotangent, value, preferred_element_type=wide)
-    by_score = exponentials.astype(wide) * (by_weight / totals - mean)
-    by_score = (by_score * query.shape[-2] ** -0.5).astype(query.dtype)
+    by_score = jnp.matmul(scaled, value, preferred_element_type=mean.dtype)
+    by_score = (exponentials.astype(mean.dtype) * (by_score - mean)).astype(query.dtype)
     query_gradient = jnp.matmul(by_score, key)
     key_gradient = jnp.matmul(query, by_score)
     return (

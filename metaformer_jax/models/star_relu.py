@@ -67,8 +67,10 @@ def _star_relu_backward(
     residuals: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array, Array, Array]:
     x, scale, bias = residuals
-    positive = _positive(x, cotangent)
-    return _input_gradient(positive, scale, cotangent), *_sums(positive, scale, bias, cotangent)
+    positive, wide = _positive(x, cotangent), cotangent.astype(scale.dtype)
+    by_scale = jnp.sum(wide * jnp.square(positive)).reshape(scale.shape)
+    by_bias = jnp.sum(wide).reshape(bias.shape)
+    return _input_gradient(positive, scale, cotangent), by_scale, by_bias
 
 
 _star_relu.defvjp(_star_relu_forward, _star_relu_backward)
@@ -133,10 +135,15 @@ def _depthwise_backward(
 ) -> tuple[Array, Array, Array, Array]:
     x, scale, bias, kernel = residuals
     positive = _positive(x, cotangent)
-    activated = _activate(jnp.square(positive), scale, bias)
-    by_activated, by_kernel = jax.vjp(depthwise_conv2d, activated, kernel)[1](cotangent)
-    by_x = _input_gradient(positive, scale, by_activated)
-    return by_x, *_sums(positive, scale, bias, by_activated), by_kernel
+    by_activated, of_squares = jax.vjp(depthwise_conv2d, jnp.square(positive), kernel)[1](cotangent)
+    # As in a matrix product; what it makes of ones differs at the borders.
+    over_batch = jnp.sum(cotangent, 0, keepdims=True, dtype=scale.dtype)
+    wide = kernel.astype(scale.dtype)
+    of_ones = jax.vjp(depthwise_conv2d, jnp.ones_like(over_batch), wide)[1](over_batch)[1]
+    by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
+    by_scale = jnp.sum(wide * of_squares).reshape(scale.shape)
+    by_bias = jnp.sum(wide * of_ones).reshape(bias.shape)
+    return _input_gradient(positive, scale, by_activated), by_scale, by_bias, by_kernel
 
 
 star_relu_depthwise_conv2d.defvjp(_depthwise_forward, _depthwise_backward)
@@ -150,9 +157,3 @@ def _positive(x: Array, cotangent: Array) -> Array:
 
 def _input_gradient(positive: Array, scale: Array, by_activated: Array) -> Array:
     return (by_activated * (2 * scale) * positive).astype(positive.dtype)
-
-
-def _sums(positive: Array, scale: Array, bias: Array, by_activated: Array) -> tuple[Array, Array]:
-    wide = by_activated.astype(scale.dtype)
-    by_scale = jnp.sum(wide * jnp.square(positive)).reshape(scale.shape)
-    return by_scale, jnp.sum(wide).reshape(bias.shape)
