@@ -96,9 +96,15 @@ class TrainTransform:
             box = functools.partial(
                 transforms.crop_box, rng=rng, scale=self.crop_scale, ratio=self.crop_ratio
             )
-        image = transforms.decode(data, channels=self.channels, crop=box)
-        interpolation = self.interpolations[rng.integers(len(self.interpolations))]
-        return image.resize((self.image_size, self.image_size), INTERPOLATIONS[interpolation])
+        return transforms.decode_and_resize(
+            data,
+            self.image_size,
+            channels=self.channels,
+            crop=box,
+            draw_filter=lambda: INTERPOLATIONS[
+                self.interpolations[rng.integers(len(self.interpolations))]
+            ],
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

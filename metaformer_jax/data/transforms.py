@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from metaformer_jax.data import resampling
 from metaformer_jax.data.sources import BadRecordError
 
 try:
@@ -55,14 +56,48 @@ def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Ima
     if channels not in _MODES:
         raise ValueError(f"`channels` must be 1 or 3, got {channels}.")
     pixels = _decode_jpeg(data) if channels == 3 else None
-    if pixels is not None:
-        height, width, _ = pixels.shape
-        left, top, right, bottom = crop(width, height) if crop else (0, 0, width, height)
-        # Pillow takes its part of each row from where it is: a copy in between costs more.
-        first = pixels.reshape(-1)[3 * (top * width + left) :]
-        return Image.frombuffer(
-            "RGB", (right - left, bottom - top), first, "raw", "RGB", 3 * width, 1
-        )
+    if pixels is None:
+        return _decode_by_pillow(data, channels, crop)
+    return _cut_out(pixels, _box(pixels, crop))
+
+
+def decode_and_resize(
+    data: bytes,
+    size: int,
+    *,
+    channels: int,
+    crop: Crop | None = None,
+    draw_filter: Callable[[], Image.Resampling],
+) -> Image.Image:
+    """What `decode` gives, resized to a square of `size` pixels by a filter drawn after the crop.
+
+    Raises:
+        BadImageError: as `decode` does.
+        ValueError: likewise.
+    """
+    pixels = _decode_jpeg(data) if channels == 3 else None
+    if pixels is None:
+        image = decode(data, channels=channels, crop=crop)
+        return image.resize((size, size), draw_filter())
+    box, interpolation = _box(pixels, crop), draw_filter()
+    if resampling.can_resize(interpolation):
+        return Image.fromarray(resampling.resize(pixels, box, size, interpolation))
+    return _cut_out(pixels, box).resize((size, size), interpolation)
+
+
+def _box(pixels: UInt8[np.ndarray, "h w 3"], crop: Crop | None) -> tuple[int, int, int, int]:
+    height, width, _ = pixels.shape
+    return crop(width, height) if crop else (0, 0, width, height)
+
+
+def _cut_out(pixels: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int]) -> Image.Image:
+    # Pillow takes its part of each row from where it is: a copy in between costs more.
+    width, (left, top, right, bottom) = pixels.shape[1], box
+    first = pixels.reshape(-1)[3 * (top * width + left) :]
+    return Image.frombuffer("RGB", (right - left, bottom - top), first, "raw", "RGB", 3 * width, 1)
+
+
+def _decode_by_pillow(data: bytes, channels: int, crop: Crop | None) -> Image.Image:
     try:
         opened = Image.open(io.BytesIO(data), formats=readable_formats())
         opened.load()

@@ -1,0 +1,107 @@
+import importlib.util
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from metaformer_jax.data import resampling
+from metaformer_jax.data.augment import TrainTransform
+from metaformer_jax.data.transforms import BICUBIC, BILINEAR
+
+BICUBIC_AND_BILINEAR = [BICUBIC, BILINEAR]
+
+
+def _pixels(width, height, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _by_pillow(pixels, box, size, interpolation):
+    return np.asarray(Image.fromarray(pixels).crop(box).resize((size, size), interpolation))
+
+
+@st.composite
+def _images_and_boxes(draw):
+    width, height = (draw(st.integers(1, 300)) for _ in range(2))
+    left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    right, bottom = draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height))
+    return _pixels(width, height, draw(st.integers(0, 2**32 - 1))), (left, top, right, bottom)
+
+
+@pytest.fixture
+def fresh():
+    cached = (resampling._is_exact, resampling._takes_tall_images_from_above)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("interpolation", BICUBIC_AND_BILINEAR)
+@given(image_and_box=_images_and_boxes(), size=st.integers(1, 240))
+@settings(max_examples=200, deadline=None)
+def test_every_part_of_every_image_is_resized_as_pillow_does(interpolation, image_and_box, size):
+    pixels, box = image_and_box
+    actual = resampling.resize(pixels, box, size, interpolation)
+    np.testing.assert_array_equal(actual, _by_pillow(pixels, box, size, interpolation))
+
+
+@pytest.mark.parametrize("interpolation", BICUBIC_AND_BILINEAR)
+@pytest.mark.parametrize("width", [32, 44, 60])
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_tall_images_are_worked_off_in_pillows_order(interpolation, width, beyond):
+    # It turns where the height is to shrink by more than twice as much as the width.
+    pixels = _pixels(width, max(33, 32 + 2 * (width - 32) + beyond))
+    box = (0, 0, *pixels.shape[1::-1])
+    actual = resampling.resize(pixels, box, 32, interpolation)
+    np.testing.assert_array_equal(actual, _by_pillow(pixels, box, 32, interpolation))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_flat_images_stay_flat(value):
+    pixels = np.full((301, 203, 3), value, np.uint8)
+    for interpolation in BICUBIC_AND_BILINEAR:
+        assert (resampling.resize(pixels, (0, 0, 203, 301), 224, interpolation) == value).all()
+
+
+def test_other_filters_are_left_to_pillow():
+    assert all(resampling.can_resize(filter) for filter in BICUBIC_AND_BILINEAR)
+    assert not resampling.can_resize(Image.Resampling.LANCZOS)
+
+
+def test_training_images_are_the_same_with_and_without_numba(fresh, monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(_pixels(90, 120)).save(file, "JPEG")
+    transform = TrainTransform(image_size=32)
+
+    def images():
+        rngs = (np.random.default_rng(seed) for seed in range(20))
+        return [transform(file.getvalue(), rng) for rng in rngs]
+
+    fast = images()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name)
+    )
+    resampling._is_exact.cache_clear()
+    assert not resampling.can_resize(BICUBIC)
+    np.testing.assert_array_equal(images(), fast)
+
+
+def test_a_pillow_that_gives_other_pixels_is_noticed_and_kept_to(fresh, monkeypatch):
+    order = resampling._takes_tall_images_from_above()
+    monkeypatch.setattr(resampling, "_takes_tall_images_from_above", lambda: not order)
+    with pytest.warns(UserWarning, match="resizes otherwise than is known here"):
+        assert not resampling.can_resize(BICUBIC)
+
+
+def test_a_numba_that_cannot_be_used_is_said_and_done_without(fresh, monkeypatch):
+    def kernels():
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(resampling, "_kernels", kernels)
+    with pytest.warns(UserWarning, match="numba cannot be used: cannot cache function"):
+        assert not resampling.can_resize(BICUBIC)
