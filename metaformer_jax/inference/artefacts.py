@@ -13,9 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metaformer_jax.inference.classifier import Classifier
-from metaformer_jax.models import MetaFormer
+from metaformer_jax.models import Attention, MetaFormer, StarReLU
+from metaformer_jax.models.layers import Linear
 from metaformer_jax.models.mixers import DepthwiseConv
 from metaformer_jax.models.normalization import LayerNorm
+from metaformer_jax.models.star_relu import squared_relu
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
@@ -134,8 +136,24 @@ class _Linear(nnx.Linear):
     __call__ = nnx.Linear.__call__
 
 
+class _BlockLinear(Linear):
+    __call__ = nnx.Linear.__call__
+
+
 class _LayerNorm(LayerNorm):
     __call__ = nnx.LayerNorm.__call__
+
+
+class _StarReLU(StarReLU):
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        return self.scale[...] * squared_relu(x) + self.bias[...]
+
+
+class _Attention(Attention):
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        value = self._heads(x)[2]
+        mixed = jnp.einsum("bkts,bskd->btkd", self.weights(x), value)
+        return self.proj(mixed.reshape(*x.shape[:-1], self.num_heads * self.head_dim))
 
 
 class _DepthwiseConv(DepthwiseConv):
@@ -157,7 +175,10 @@ def _in_plain_operations(model: MetaFormer) -> MetaFormer:
     plain = {
         nnx.Conv: _Conv,
         nnx.Linear: _Linear,
+        Linear: _BlockLinear,
         LayerNorm: _LayerNorm,
+        StarReLU: _StarReLU,
+        Attention: _Attention,
         DepthwiseConv: _DepthwiseConv,
     }
     for _, module in nnx.iter_modules(model):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.schedule import run_after
 
 
@@ -44,7 +45,8 @@ def _attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array
     kept = exponentials.astype(value.dtype)
     mixed = jnp.einsum("bnts,bsnd->btnd", kept, value, preferred_element_type=wide)
     mixed = mixed / _swapped(totals)
-    return kept, totals, mixed.astype(value.dtype)
+    mixed = images_along_lanes(mixed.astype(value.dtype), major_to_minor=(1, 2, 3, 0))
+    return kept, totals, mixed
 
 
 def _gradients(

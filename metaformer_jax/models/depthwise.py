@@ -8,10 +8,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-# Of a TPU's vector unit. Images lie along them in `_banded`: fewer would leave them empty.
-_LANES = 128
+from metaformer_jax.models.lanes import fill_lanes, images_along_lanes
+
 # Pixels that are worked off together, where a row of the image has less.
 _SIDE = 64
+# Beyond so many pixels in a row its matrices are too large, and mostly zero.
+_WIDEST = 128
 # Of a CPU, in float32 numbers.
 _CACHE_LINE = 16
 
@@ -96,7 +98,7 @@ def _grouped(x: Array, kernel: Array) -> Array:
 def _banded(x: Array, kernel: Array) -> Array:
     """Rows, `r` side by side, times matrices that hold the kernel along their diagonals."""
     b, h, w, c = x.shape
-    if b % _LANES or w > _LANES:
+    if not fill_lanes(b) or w > _WIDEST:
         return _grouped(x, kernel)
     r = _rows_together(h, w)
     # So many blocks of rows above and below are in reach.
@@ -111,7 +113,9 @@ def _banded(x: Array, kernel: Array) -> Array:
         dimension_numbers=("NHC", "HIO", "NHC"),
         feature_group_count=c,
     )
-    return out.reshape(b, h // r, c, r * w).transpose(0, 1, 3, 2).reshape(x.shape)
+    out = out.reshape(b, h // r, c, r * w).transpose(0, 1, 3, 2).reshape(x.shape)
+    # For the linear layer that follows. There the product of whole rows leaves them anyway.
+    return images_along_lanes(out, major_to_minor=(1, 2, 3, 0))
 
 
 def _bands(

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.depthwise import depthwise_conv2d
+from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.matmul import kernel_gradient, matmul
 from metaformer_jax.models.schedule import run_after
 
@@ -134,6 +135,7 @@ def _depthwise_backward(
     residuals: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array, Array, Array, Array]:
     x, scale, bias, kernel = residuals
+    cotangent = images_along_lanes(cotangent, major_to_minor=(1, 3, 2, 0))
     positive = _positive(x, cotangent)
     by_activated, of_squares = jax.vjp(depthwise_conv2d, jnp.square(positive), kernel)[1](cotangent)
     # As in a matrix product; what it makes of ones differs at the borders.
