@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metaformer_jax.inference.classifier import Classifier
-from metaformer_jax.models import Attention, MetaFormer, StarReLU
+from metaformer_jax.models import Attention, MetaFormer, Pooling, StarReLU
 from metaformer_jax.models.layers import Linear
 from metaformer_jax.models.mixers import DepthwiseConv
 from metaformer_jax.models.normalization import LayerNorm
@@ -168,6 +168,12 @@ class _DepthwiseConv(DepthwiseConv):
         )
 
 
+class _Pooling(Pooling):
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        window = (self.pool_size, self.pool_size)
+        return nnx.avg_pool(x, window, (1, 1), "SAME", count_include_pad=False) - x
+
+
 def _in_plain_operations(model: MetaFormer) -> MetaFormer:
     # jax2onnx replaces Flax's layers by its own, which do not take all arguments of ours, and it
     # knows no branches by platform.
@@ -179,6 +185,7 @@ def _in_plain_operations(model: MetaFormer) -> MetaFormer:
         LayerNorm: _LayerNorm,
         StarReLU: _StarReLU,
         Attention: _Attention,
+        Pooling: _Pooling,
         DepthwiseConv: _DepthwiseConv,
     }
     for _, module in nnx.iter_modules(model):

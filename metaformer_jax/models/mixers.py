@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from metaformer_jax.models.attention import dot_product_attention
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.layers import PRODUCT, Frozen, Linear, kernel_init
+from metaformer_jax.models.pooling import average_pool
 from metaformer_jax.models.star_relu import (
     StarReLU,
     activate_and_apply,
@@ -99,14 +100,7 @@ class Pooling(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         # The difference of two close numbers: in bfloat16 little of it would be left.
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        average = nnx.avg_pool(
-            wide,
-            window_shape=(self.pool_size, self.pool_size),
-            strides=(1, 1),
-            padding="SAME",
-            count_include_pad=False,
-        )
-        return (average - wide).astype(x.dtype)
+        return (average_pool(wide, self.pool_size) - wide).astype(x.dtype)
 
 
 class SepConv(nnx.Module):
