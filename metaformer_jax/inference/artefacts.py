@@ -170,8 +170,14 @@ class _DepthwiseConv(DepthwiseConv):
 
 class _Pooling(Pooling):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        window = (self.pool_size, self.pool_size)
-        return nnx.avg_pool(x, window, (1, 1), "SAME", count_include_pad=False) - x
+        average = nnx.avg_pool(
+            x,
+            window_shape=(self.pool_size, self.pool_size),
+            strides=(1, 1),
+            padding="SAME",
+            count_include_pad=False,
+        )
+        return average - x
 
 
 def _in_plain_operations(model: MetaFormer) -> MetaFormer:
