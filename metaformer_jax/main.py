@@ -6,7 +6,6 @@ Any field of the config can be overridden: --config.epochs=10 --config.optimizer
 """
 
 import itertools
-import os
 import pathlib
 import signal
 import sys
@@ -20,6 +19,7 @@ from metaformer_jax.training.exit_codes import (
     PREEMPTED,
     TRAINING_FAILED,
     USAGE_ERROR,
+    end_at_once,
 )
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     # There is nothing to save before the training, nor after it; in it `Preemption` takes over.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
+    signal.signal(signal.SIGTERM, end_at_once)
     # Flags that are wrong should say so at once, not after the imports of seconds.
     import jax
 

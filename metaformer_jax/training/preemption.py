@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-from metaformer_jax.training.exit_codes import PREEMPTED
+from metaformer_jax.training.exit_codes import PREEMPTED, end_at_once
 
 
 class PreemptedError(RuntimeError):
@@ -72,10 +72,13 @@ class Preemption:
         threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: object, __: object) -> None:
         if self._previous is None:
             return
         handler, wakeup_descriptor = self._previous
+        if isinstance(error, PreemptedError) and handler is end_at_once:
+            # The program is ending as it was told to; told again, it would not say what is saved.
+            handler = signal.SIG_IGN
         signal.signal(signal.SIGTERM, handler)
         signal.set_wakeup_fd(wakeup_descriptor)
         # The thread reads that this was all, and closes the other end.

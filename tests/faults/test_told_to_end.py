@@ -7,7 +7,8 @@ import subprocess
 
 import runs
 
-from metaformer_jax.training.exit_codes import PREEMPTED
+from metaformer_jax.training.exit_codes import PREEMPTED, end_at_once
+from metaformer_jax.training.preemption import PreemptedError, Preemption
 
 
 def _read_until(process, text):
@@ -68,3 +69,17 @@ def test_told_in_the_last_evaluation_it_makes_up_for_that_too(undisturbed, tmp_p
     assert runs.saved_steps(tmp_path)[-1] == runs.LAST_STEP
     assert "compiling" not in runs.finish(runs.start(tmp_path))
     runs.assert_same_run(tmp_path, undisturbed)
+
+
+def test_told_again_after_it_saved_a_program_still_says_so():
+    previous = signal.signal(signal.SIGTERM, end_at_once)
+    try:
+        with contextlib.suppress(PreemptedError), Preemption():
+            raise PreemptedError("step 3 of 9 is saved")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        signal.signal(signal.SIGTERM, end_at_once)
+        with contextlib.suppress(KeyError), Preemption():
+            raise KeyError
+        assert signal.getsignal(signal.SIGTERM) is end_at_once
+    finally:
+        signal.signal(signal.SIGTERM, previous)
