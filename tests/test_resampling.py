@@ -1,5 +1,7 @@
 import importlib.util
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -32,12 +34,18 @@ def _images_and_boxes(draw):
 
 @pytest.fixture
 def fresh():
-    cached = (resampling._is_exact, resampling._takes_tall_images_from_above)
+    cached = (resampling._checked, resampling._takes_tall_images_from_above)
     for function in cached:
         function.cache_clear()
     yield
     for function in cached:
         function.cache_clear()
+
+
+def _can_resize_in_the_end(interpolation):
+    resampling.can_resize(interpolation)
+    resampling._check().result()
+    return resampling.can_resize(interpolation)
 
 
 @pytest.mark.parametrize("interpolation", BICUBIC_AND_BILINEAR)
@@ -68,8 +76,8 @@ def test_flat_images_stay_flat(value):
 
 
 def test_other_filters_are_left_to_pillow():
-    assert all(resampling.can_resize(filter) for filter in BICUBIC_AND_BILINEAR)
-    assert not resampling.can_resize(Image.Resampling.LANCZOS)
+    assert all(_can_resize_in_the_end(filter) for filter in BICUBIC_AND_BILINEAR)
+    assert not _can_resize_in_the_end(Image.Resampling.LANCZOS)
 
 
 def test_training_images_are_the_same_with_and_without_numba(fresh, monkeypatch):
@@ -81,13 +89,14 @@ def test_training_images_are_the_same_with_and_without_numba(fresh, monkeypatch)
         rngs = (np.random.default_rng(seed) for seed in range(20))
         return [transform(file.getvalue(), rng) for rng in rngs]
 
+    assert _can_resize_in_the_end(BICUBIC)
     fast = images()
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name)
     )
-    resampling._is_exact.cache_clear()
-    assert not resampling.can_resize(BICUBIC)
+    resampling._checked.cache_clear()
+    assert not _can_resize_in_the_end(BICUBIC)
     np.testing.assert_array_equal(images(), fast)
 
 
@@ -95,7 +104,7 @@ def test_a_pillow_that_gives_other_pixels_is_noticed_and_kept_to(fresh, monkeypa
     order = resampling._takes_tall_images_from_above()
     monkeypatch.setattr(resampling, "_takes_tall_images_from_above", lambda: not order)
     with pytest.warns(UserWarning, match="resizes otherwise than is known here"):
-        assert not resampling.can_resize(BICUBIC)
+        assert not _can_resize_in_the_end(BICUBIC)
 
 
 def test_a_numba_that_cannot_be_used_is_said_and_done_without(fresh, monkeypatch):
@@ -104,4 +113,33 @@ def test_a_numba_that_cannot_be_used_is_said_and_done_without(fresh, monkeypatch
 
     monkeypatch.setattr(resampling, "_kernels", kernels)
     with pytest.warns(UserWarning, match="numba cannot be used: cannot cache function"):
-        assert not resampling.can_resize(BICUBIC)
+        assert not _can_resize_in_the_end(BICUBIC)
+
+
+def test_no_image_waits_for_what_is_compiled(fresh, monkeypatch):
+    may_go_on = threading.Event()
+    load = resampling._kernels
+
+    def kernels():
+        assert may_go_on.wait(60)
+        return load()
+
+    monkeypatch.setattr(resampling, "_kernels", kernels)
+    file = io.BytesIO()
+    Image.fromarray(_pixels(90, 120)).save(file, "JPEG")
+    transform = TrainTransform(image_size=32)
+    by_pillow = transform(file.getvalue(), np.random.default_rng(0))
+    assert not resampling.can_resize(BICUBIC)
+    may_go_on.set()
+    assert _can_resize_in_the_end(BICUBIC)
+    by_numba = transform(file.getvalue(), np.random.default_rng(0))
+    np.testing.assert_array_equal(by_numba, by_pillow)
+
+
+def test_threads_that_begin_together_check_once(fresh, monkeypatch):
+    calls = []
+    monkeypatch.setattr(resampling, "_is_exact", lambda: calls.append(None))
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(resampling.can_resize, [BICUBIC] * 64))
+    resampling._check().result()
+    assert len(calls) == 1

@@ -8,7 +8,9 @@ Pillow gives other pixels, everything is left to Pillow.
 import functools
 import importlib
 import importlib.util
+import threading
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,16 +19,19 @@ from PIL import Image
 
 _IS_CUBIC = {Image.Resampling.BILINEAR: False, Image.Resampling.BICUBIC: True}
 
+_check_lock = threading.Lock()
+
 Box = tuple[int, int, int, int]
 
 
 def can_resize(interpolation: Image.Resampling) -> bool:
     """Whether `resize` may be called, for this filter: numba is there, and gives Pillow's pixels.
 
-    The first call in a process that may loads the compiled functions, or compiles them once and
-    for all.
+    The first call in a process only begins to find out, in a thread of its own: to load the
+    compiled functions takes half a second, to compile them, once and for all, some seconds. No
+    image waits for that: the answer is no until then.
     """
-    return interpolation in _IS_CUBIC and _is_exact()
+    return interpolation in _IS_CUBIC and (check := _check()).done() and check.result()
 
 
 def resize(
@@ -68,7 +73,19 @@ def _takes_tall_images_from_above() -> bool:
     return rows_first.tobytes() != image.resize((8, 8), cubic).tobytes()
 
 
+def _check() -> Future[bool]:
+    with _check_lock:
+        return _checked()
+
+
 @functools.cache
+def _checked() -> Future[bool]:
+    thread = ThreadPoolExecutor(1, "resampling")
+    check = thread.submit(_is_exact)
+    thread.shutdown(wait=False)
+    return check
+
+
 def _is_exact() -> bool:
     if importlib.util.find_spec("numba") is None:
         return False
