@@ -66,11 +66,13 @@ def test_both_gradients_are_those_of_the_grouped_convolution(x_shape, kernel_sha
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gradient", ["_kernel_gradient_by_rows", "_kernel_gradient_of_grouped"])
-# All rows at once, two at a time, one by one.
-@pytest.mark.parametrize(("h", "w"), [(6, 5), (6, 30), (3, 70)])
-def test_every_kernel_gradient_is_the_definition(gradient, h, w):
-    x, kernel, cotangent = _arrays((2, h, w, 3), (3, 5, 3))
+@pytest.mark.parametrize("gradient", ["_kernel_gradient_by_blocks", "_kernel_gradient_of_grouped"])
+# The whole image, blocks of rows and columns, single rows; channels in parts, and not to be parted.
+@pytest.mark.parametrize(
+    ("h", "w", "c"), [(6, 5, 3), (16, 8, 3), (3, 37, 3), (8, 12, 256), (2, 2, 131)]
+)
+def test_every_kernel_gradient_is_the_definition(gradient, h, w, c):
+    x, kernel, cotangent = _arrays((2, h, w, c), (3, 5, c))
     actual = getattr(depthwise, gradient)(x, cotangent, kernel)
     expected = np.zeros(kernel.shape)
     for index in np.ndindex(3, 5):

@@ -1,6 +1,8 @@
 """Depthwise convolution, lowered the way each platform runs it best."""
 
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ _SIDE = 64
 _WIDEST = 128
 # Of a CPU, in float32 numbers.
 _CACHE_LINE = 16
+# Pixels and channels that fit its nearest cache together with what is under the kernel.
+_BLOCK = 32
+_CHANNELS = 128
 
 
 @jax.custom_vjp
@@ -58,7 +63,7 @@ def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, 
         x,
         cotangent,
         kernel,
-        cpu=_kernel_gradient_by_rows,
+        cpu=_kernel_gradient_by_blocks,
         default=_kernel_gradient_of_grouped,
     )
     return x_gradient, kernel_gradient
@@ -167,28 +172,53 @@ def _kernel_gradient_of_grouped(x: Array, cotangent: Array, kernel: Array) -> Ar
     return transpose(cotangent)[0]
 
 
-def _kernel_gradient_by_rows(x: Array, cotangent: Array, kernel: Array) -> Array:
-    # A few rows of an image and the rows under the kernel fit the cache; whole images do not. Each
-    # image has a sum of its own, so that cores can share the images.
+def _kernel_gradient_by_blocks(x: Array, cotangent: Array, kernel: Array) -> Array:
+    # Some channels of a block of pixels, and of what is under the kernel there, stay in the nearest
+    # cache; whole rows do not. Each image has a sum of its own, so that cores can share the images.
     (kh, kw, c), (b, h, w) = kernel.shape, x.shape[:3]
     accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    padded, spaced = _padded(x, kernel), _spaced(cotangent)
-    r = _rows_together(h, w)
+    padded = jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
+    r, s = _block(h, w)
+    channels = _channels_together(c)
 
-    def add_rows(gradient: Array, number: Array) -> tuple[Array, None]:
-        under = lax.dynamic_slice_in_dim(padded, number * r, r + kh - 1, axis=1)
-        rows = lax.dynamic_slice_in_dim(spaced, number * r, r, axis=1)
-        taps = (
-            under[:, i : i + kh, j : j + kw, :c].astype(accumulator)
-            * rows[:, i : i + 1, j : j + 1, :c].astype(accumulator)
-            for i in range(r)
-            for j in range(w)
-        )
-        return functools.reduce(jnp.add, taps, gradient), None
+    def gradient_of_channels(first: Array) -> Array:
+        def add_block(gradient: Array, number: Array) -> tuple[Array, None]:
+            top, left = number // (w // s) * r, number % (w // s) * s
+            start = (0, top, left, first)
+            under = lax.dynamic_slice(padded, start, (b, r + kh - 1, s + kw - 1, channels))
+            block = lax.dynamic_slice(cotangent, start, (b, r, s, channels))
+            taps = (
+                under[:, i : i + kh, j : j + kw].astype(accumulator)
+                * block[:, i : i + 1, j : j + 1].astype(accumulator)
+                for i in range(r)
+                for j in range(s)
+            )
+            return functools.reduce(jnp.add, taps, gradient), None
 
-    start = jnp.zeros((b, kh, kw, c), accumulator)
-    by_image, _ = lax.scan(add_rows, start, jnp.arange(h // r))
-    return by_image.sum(0).astype(kernel.dtype)
+        start = jnp.zeros((b, kh, kw, channels), accumulator)
+        return lax.scan(add_block, start, jnp.arange(h * w // (r * s)))[0]
+
+    by_image = lax.map(gradient_of_channels, jnp.arange(0, c, channels))
+    gradient = jnp.tensordot(by_image, jnp.ones(b, accumulator), ((1,), (0,)))
+    return gradient.transpose(1, 2, 0, 3).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _block(h: int, w: int) -> tuple[int, int]:
+    """The sides of about `_BLOCK` pixels that divide an image's; of two such the more square."""
+    return min(
+        itertools.product(_divisors(h), _divisors(w)),
+        key=lambda sides: (abs(math.log(sides[0] * sides[1] / _BLOCK)), sum(sides), sides[1]),
+    )
+
+
+def _channels_together(c: int) -> int:
+    """At most `_CHANNELS` of them, which divide their number, unless these were far too few."""
+    most = max(divisor for divisor in _divisors(c) if divisor <= _CHANNELS)
+    return most if 2 * most > _CHANNELS else c
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _rows_together(h: int, w: int) -> int:
