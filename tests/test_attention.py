@@ -53,19 +53,35 @@ def test_all_platforms_compute_the_same(shape, dtype):
         {"rtol": 1e-5, "atol": 2e-6} if dtype == jnp.float32 else {"rtol": 0.03, "atol": 0.03}
     )
     results = _jit(attention._attend)(*arguments)
-    by_head = _jit(attention._attend_by_head)(*arguments)
-    for actual, expected in zip(by_head, results, strict=True):
+    nothing, *by_head = _jit(attention._attend_by_head)(*arguments)
+    assert (nothing.shape, nothing.dtype) == (results[0].shape, results[0].dtype)
+    assert not nothing.any()
+    for actual, expected in zip(by_head, results[1:], strict=True):
         assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
         np.testing.assert_allclose(actual, expected, **tolerance)
     residuals = (*arguments, *results, cotangent)
     pairs = zip(
-        _jit(attention._gradients_by_head)(*residuals),
+        _jit(attention._gradients_by_head)(*arguments, nothing, *by_head, cotangent),
         _jit(attention._gradients)(*residuals),
         strict=True,
     )
     for actual, expected in pairs:
         assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
         np.testing.assert_allclose(actual, expected, **tolerance)
+
+
+def test_on_cpus_a_backward_pass_has_the_weights_of_no_more_than_a_layer_at_a_time():
+    query, key, value, cotangent = _arrays((128, 128, 4, 8))
+
+    def loss(query, key, value):
+        for _ in range(12):
+            value = dot_product_attention(query + value, key, value)
+        return jnp.vdot(value, cotangent)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, value).compile()
+    weights = 2 * 4 * 128 * 128 * 4
+    # Scores, exponentials and their gradients of one layer; the tokens of all are less than one.
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * weights
 
 
 def test_scores_beyond_the_range_of_exp_pick_their_largest():

@@ -1,4 +1,4 @@
-"""Attention whose backward pass keeps, per pair of tokens, one number in the compute dtype."""
+"""Attention whose backward pass keeps, per pair of tokens, at most one number in its dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ def dot_product_attention(
 
     The softmax, its sums and all accumulation are float32. What autodiff would keep for the
     backward pass is float32 too, and read several times; here it is the exponentials alone, in the
-    dtype of the inputs, and their sums divide the `d` outputs of a token, not its `s` weights.
-    Reverse mode works to any order; plain forward mode (`jax.jvp`) does not.
+    dtype of the inputs, and on CPUs not even these. Their sums divide the `d` outputs of a token,
+    not its `s` weights. Reverse mode works to any order; plain forward mode (`jax.jvp`) does not.
     """
     return _forward(query, key, value)[0]
 
@@ -41,7 +41,7 @@ def _attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array
     """The exponentials `[b, n, t, s]`, their sums `[b, n, t, 1]` and what is made of the values."""
     wide = _accumulator(query)
     scores = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=wide)
-    exponentials, totals = _exponentials(scores, query.shape[-1])
+    exponentials, totals = _exponentials(scores * query.shape[-1] ** -0.5)
     kept = exponentials.astype(value.dtype)
     mixed = jnp.einsum("bnts,bsnd->btnd", kept, value, preferred_element_type=wide)
     mixed = mixed / _swapped(totals)
@@ -76,30 +76,38 @@ def _attend_by_head(query: Array, key: Array, value: Array) -> tuple[Array, Arra
     """`_attend` for CPUs, as products of matrices that lie in memory as they are multiplied.
 
     XLA for CPUs takes two to five times as long for products that have the heads between the axes
-    of a matrix; the barrier keeps it from making such of these.
+    of a matrix; the barriers keep it from making such of these. Of the exponentials nothing is
+    kept, zeros that nobody reads stand for them: to fill so much memory takes longer than to
+    multiply again.
     """
-    wide = _accumulator(query)
-    query, key, value = lax.optimization_barrier(
-        (_swapped(query), _transposed(key), _swapped(value))
-    )
-    scores = jnp.matmul(query, key, preferred_element_type=wide)
-    exponentials, totals = _exponentials(scores, query.shape[-1])
-    kept = exponentials.astype(value.dtype)
-    mixed = jnp.matmul(kept, value, preferred_element_type=wide) / totals
-    return kept, totals, _swapped(mixed.astype(value.dtype))
+    exponentials, totals = _exponentials_by_head(query, key)
+    value = lax.optimization_barrier(_swapped(value))
+    mixed = jnp.matmul(exponentials.astype(value.dtype), value, preferred_element_type=totals.dtype)
+    mixed = _swapped((mixed / totals).astype(value.dtype))
+    return jnp.zeros(exponentials.shape, value.dtype), totals, mixed
+
+
+def _exponentials_by_head(query: Array, key: Array) -> tuple[Array, Array]:
+    # Scaled are the `d` numbers of a token, not its `s` scores.
+    scaled = (query.astype(_accumulator(query)) * query.shape[-1] ** -0.5).astype(query.dtype)
+    query, key = lax.optimization_barrier((_swapped(scaled), _transposed(key)))
+    return _exponentials(jnp.matmul(query, key, preferred_element_type=_accumulator(query)))
 
 
 def _gradients_by_head(
     query: Array,
     key: Array,
     value: Array,
-    exponentials: Array,
+    nothing: Array,
     totals: Array,
     mixed: Array,
     cotangent: Array,
 ) -> tuple[Array, Array, Array]:
     """`_gradients` for CPUs: no matrix of weights is transposed, those of `d` columns are."""
+    del nothing
     query, key, value, mixed = (run_after(x, cotangent) for x in (query, key, value, mixed))
+    exponentials, _ = _exponentials_by_head(query, key)
+    exponentials = exponentials.astype(value.dtype)
     # Neither sums nor scale go into every pair of tokens.
     shares = cotangent.astype(totals.dtype) / _swapped(totals)
     scaled = shares * query.shape[-1] ** -0.5
@@ -127,9 +135,8 @@ def _gradients_by_head(
 
 
 def _exponentials(
-    scores: Float[Array, "b n t s"], head_dim: int
+    scores: Float[Array, "b n t s"],
 ) -> tuple[Float[Array, "b n t s"], Float[Array, "b n t 1"]]:
-    scores = scores * head_dim**-0.5
     exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
     return exponentials, exponentials.sum(-1, keepdims=True)
 
