@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -139,10 +140,16 @@ def _depthwise_backward(
     cotangent = images_along_lanes(cotangent, major_to_minor=(1, 3, 2, 0))
     positive = _positive(x, cotangent)
     by_activated, of_squares = jax.vjp(depthwise_conv2d, jnp.square(positive), kernel)[1](cotangent)
-    # As in a matrix product; what it makes of ones differs at the borders.
-    over_batch = _sum_over_batch(cotangent, scale.dtype)
+    # As in a matrix product; of ones, each tap sums what it reaches inside the image.
+    (kh, kw, _), (h, w) = kernel.shape, x.shape[1:3]
+    of_ones = jnp.einsum(
+        "ih,hwc,jw->ijc",
+        _reached(kh, h),
+        _sum_over_batch(cotangent, scale.dtype),
+        _reached(kw, w),
+        precision=lax.Precision.HIGHEST,
+    )
     wide = kernel.astype(scale.dtype)
-    of_ones = jax.vjp(depthwise_conv2d, jnp.ones_like(over_batch), wide)[1](over_batch)[1]
     by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
     by_scale = jnp.sum(wide * of_squares).reshape(scale.shape)
     by_bias = jnp.sum(wide * of_ones).reshape(bias.shape)
@@ -152,14 +159,18 @@ def _depthwise_backward(
 star_relu_depthwise_conv2d.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-def _sum_over_batch(x: Float[Array, "b *c"], dtype: Any) -> Float[Array, "1 *c"]:
+def _reached(kernel_size: int, size: int) -> Float[np.ndarray, "kernel_size size"]:
+    """One where a tap of a centred kernel, for this output along an axis, is inside the image."""
+    inputs = np.arange(kernel_size)[:, None] - kernel_size // 2 + np.arange(size)
+    return ((inputs >= 0) & (inputs < size)).astype(np.float32)
+
+
+def _sum_over_batch(x: Float[Array, "b *c"], dtype: Any) -> Float[Array, "*c"]:
     return lax.platform_dependent(
         x,
         # Its sums over the first axis alone take XLA for CPUs twenty times as long.
-        cpu=lambda x: jnp.tensordot(
-            jnp.ones((1, len(x)), x.dtype), x, 1, preferred_element_type=dtype
-        ),
-        default=lambda x: jnp.sum(x, 0, keepdims=True, dtype=dtype),
+        cpu=lambda x: jnp.tensordot(jnp.ones(len(x), x.dtype), x, 1, preferred_element_type=dtype),
+        default=lambda x: jnp.sum(x, 0, dtype=dtype),
     )
 
 
