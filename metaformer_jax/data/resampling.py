@@ -109,7 +109,7 @@ def _is_exact() -> bool:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"{reason}. Images are resized by Pillow, to the same pixels in more time.", stacklevel=4
+        f"{reason}. Images are resized by Pillow, to the same pixels in more time.", stacklevel=2
     )
 
 
