@@ -3,10 +3,10 @@
     PYTHONPATH=. python benchmarks/models.py --models caformer_s18 --batch-sizes 1 8
 
 Needs timm and torch (--sides ours does not). Each side is a process of its own, with the same
-weights and images, and they take turns: in each round every side runs for --seconds. A training
-step is forward, backward and AdamW, with stochastic depth, on a batch that is on the device.
-timm runs eagerly and through torch.compile, both with channels last; its logits are compared with
-ours first.
+weights and images; they compile together, and then take turns: in each round every side runs for
+--seconds. A training step is forward, backward and AdamW, with stochastic depth, on a batch that is
+on the device. timm runs eagerly and through torch.compile, both with channels last; for inference
+its logits are compared with ours first.
 """
 
 import argparse
@@ -82,11 +82,11 @@ class Ours:
         self.device = jax.devices()[0].device_kind
         images, labels = jnp.asarray(case.images()), jnp.asarray(case.labels())
 
-        model.eval()
-        graphdef, state = nnx.split(model)
-        forward = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
-        self.logits = np.asarray(forward(state, images))
         if case.task == "inference":
+            model.eval()
+            graphdef, state = nnx.split(model)
+            forward = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
+            self.logits = np.asarray(forward(state, images))
             self._call = lambda: forward(state, images)
             self._finish = jax.block_until_ready
             return
@@ -121,7 +121,9 @@ class Ours:
         from metaformer_jax.weights.files import write_tensors
 
         values = {path: np.asarray(leaf[...]) for path, leaf in variables_of(model).items()}
-        write_tensors(weights, to_tensors(values, "timm"), {})
+        part = pathlib.Path(weights).with_name("part.safetensors")
+        write_tensors(part, to_tensors(values, "timm"), {})
+        part.replace(weights)
 
     def run(self, seconds):
         return _timed(self._call, self._finish, seconds)
@@ -142,6 +144,8 @@ class Timm:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("highest")
         model = timm.create_model(case.model, drop_path_rate=DROP_PATH_RATE)
+        while not os.path.exists(weights):
+            time.sleep(0.1)
         model.load_state_dict(safetensors.torch.load_file(weights))
         model = model.to(device, memory_format=torch.channels_last)
         images = torch.from_numpy(case.images().transpose(0, 3, 1, 2)).to(device)
@@ -156,10 +160,10 @@ class Timm:
 
         run_model = torch.compile(model) if is_compiled else model
         self._finish = lambda _: torch.cuda.synchronize() if device.type == "cuda" else None
-        model.eval()
-        with torch.inference_mode(), mixed_precision():
-            self.logits = model(images).float().cpu().numpy()
         if case.task == "inference":
+            model.eval()
+            with torch.inference_mode(), mixed_precision():
+                self.logits = model(images).float().cpu().numpy()
 
             @torch.inference_mode()
             def infer():
@@ -222,8 +226,8 @@ def _serve(pipe, side, case, weights):
             runner = Timm(case, weights, is_compiled=side == "compiled")
         for _ in range(2):
             runner.run(0)
-        facts = {name: getattr(runner, name, None) for name in ("macs", "peak_flops", "device")}
-        pipe.send(("ready", facts | {"logits": runner.logits}))
+        names = ("macs", "peak_flops", "device", "logits")
+        pipe.send(("ready", {name: getattr(runner, name, None) for name in names}))
         while (seconds := pipe.recv()) is not None:
             pipe.send(("speed", case.batch_size * runner.run(seconds)))
     except Exception:
@@ -239,37 +243,42 @@ class Process:
         self._process = context.Process(target=_serve, args=(theirs, side, case, weights))
         self._process.start()
         theirs.close()
-        self.facts = self._receive()
 
-    def run(self, seconds):
-        self._pipe.send(seconds)
-        return self._receive()
-
-    def end(self):
-        with contextlib.suppress(BrokenPipeError):
-            self._pipe.send(None)
-        self._process.join()
-
-    def _receive(self):
+    def receive(self):
+        """What it says next: first, when it is ready, its facts."""
         kind, value = self._pipe.recv()
         if kind == "error":
             raise RuntimeError(value)
         return value
+
+    def run(self, seconds):
+        self._pipe.send(seconds)
+        return self.receive()
+
+    def end(self):
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.send(None)
+        # One that waits for weights that never come does not hear it.
+        self._process.join(timeout=10)
+        self._process.kill()
+        self._process.join()
 
 
 def measure(case, sides, *, rounds, seconds):
     """One row of the table: each side's images per second, round by round."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         weights = str(pathlib.Path(folder) / "weights.safetensors")
+        # They compile together.
         processes = {}
         for side in sides:
             processes[side] = Process(side, case, weights)
             stack.callback(processes[side].end)
+        all_facts = {side: process.receive() for side, process in processes.items()}
         speeds = {side: [] for side in sides}
         for _ in range(rounds):
             for side, process in processes.items():
                 speeds[side].append(process.run(seconds))
-    facts = processes["ours"].facts
+    facts = all_facts["ours"]
     row = dataclasses.asdict(case) | {"images_per_second": speeds}
     row["device"], row["macs"] = facts["device"], facts["macs"]
     row["medians"] = {side: statistics.median(values) for side, values in speeds.items()}
@@ -280,8 +289,8 @@ def measure(case, sides, *, rounds, seconds):
         for side in sides
         if side != "ours"
     }
-    if "eager" in sides:
-        desired = processes["eager"].facts["logits"]
+    if "eager" in sides and case.task == "inference":
+        desired = all_facts["eager"]["logits"]
         difference = np.max(np.abs(facts["logits"] - desired)) / np.max(np.abs(desired))
         row["relative_difference_of_logits"] = float(difference)
     if facts["peak_flops"]:
@@ -338,11 +347,12 @@ def main(argv=None):
                 error = row.get("relative_difference_of_logits")
                 compared = "" if error is None else f"; logits differ by {error:.1e}"
                 console.print(f"{model} {task} {batch_size}: {medians}{compared}", highlight=False)
+                machine = f"{row['device']}, {platform.machine()}, {os.cpu_count()} cores"
+                if args.json:
+                    figures = {"machine": machine, "rows": rows}
+                    args.json.write_text(json.dumps(figures, indent=2) + "\n")
     console.print(table(rows, sides))
-    machine = f"{rows[0]['device']}, {platform.machine()}, {os.cpu_count()} cores"
     console.print(f"on {machine}", highlight=False)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
