@@ -26,6 +26,7 @@ from metaformer_jax.models.mixers import (
     SepConv,
     TokenMixerFn,
 )
+from metaformer_jax.models.triton import without_kernels
 from metaformer_jax.models.variants import (
     FAMILIES,
     ModelInfo,
@@ -64,4 +65,5 @@ __all__ = [
     "list_models",
     "model_info",
     "model_spec",
+    "without_kernels",
 ]

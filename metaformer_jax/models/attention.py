@@ -1,5 +1,8 @@
 """Attention whose backward pass keeps, per pair of tokens, at most one number in its dtype."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,9 +10,9 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.schedule import run_after
+from metaformer_jax.models.triton import differentiated_as, has_kernels
 
 
-@jax.custom_vjp
 def dot_product_attention(
     query: Float[Array, "b t n d"], key: Float[Array, "b s n d"], value: Float[Array, "b s n d"]
 ) -> Float[Array, "b t n d"]:
@@ -17,24 +20,45 @@ def dot_product_attention(
 
     The softmax, its sums and all accumulation are float32. What autodiff would keep for the
     backward pass is float32 too, and read several times; here it is the exponentials alone, in the
-    dtype of the inputs, and on CPUs not even these. Their sums divide the `d` outputs of a token,
-    not its `s` weights. Reverse mode works to any order; plain forward mode (`jax.jvp`) does not.
+    dtype of the inputs, and on CPUs, or GPUs where cuDNN attends, not even these. Their sums divide
+    the `d` outputs of a token, not its `s` weights. Reverse mode works to any order; plain forward
+    mode (`jax.jvp`) does not.
     """
-    return _forward(query, key, value)[0]
+    return _dot_product_attention(_is_for_cudnn(query), query, key, value)
 
 
-def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot_product_attention(by_cudnn: bool, query: Array, key: Array, value: Array) -> Array:
+    return _forward(by_cudnn, query, key, value)[0]
+
+
+def _forward(
+    by_cudnn: bool, query: Array, key: Array, value: Array
+) -> tuple[Array, tuple[Array, ...]]:
     kept, totals, mixed = lax.platform_dependent(
-        query, key, value, cpu=_attend_by_head, default=_attend
+        query,
+        key,
+        value,
+        cpu=_attend_by_head,
+        cuda=_attend_by_cudnn if by_cudnn else _attend,
+        default=_attend,
     )
     return mixed, (query, key, value, kept, totals, mixed)
 
 
-def _backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
-    return lax.platform_dependent(*residuals, cotangent, cpu=_gradients_by_head, default=_gradients)
+def _backward(
+    by_cudnn: bool, residuals: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, Array]:
+    return lax.platform_dependent(
+        *residuals,
+        cotangent,
+        cpu=_gradients_by_head,
+        cuda=_gradients_by_cudnn if by_cudnn else _gradients,
+        default=_gradients,
+    )
 
 
-dot_product_attention.defvjp(_forward, _backward)
+_dot_product_attention.defvjp(_forward, _backward)
 
 
 def _attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -70,6 +94,50 @@ def _gradients(
     query_gradient = jnp.einsum("bnts,bsnd->btnd", by_score, key)
     key_gradient = jnp.einsum("bnts,btnd->bsnd", by_score, query)
     return query_gradient, key_gradient, value_gradient
+
+
+def _is_for_cudnn(query: Float[Array, "b t n d"]) -> bool:
+    """Whether cuDNN's attention, which writes no weights to memory, has gradients for this."""
+    _, t, _, d = query.shape
+    is_shaped = t % 2 == 0 and d % 8 == 0 and d <= 128
+    return is_shaped and query.dtype != jnp.float32 and has_kernels(query)
+
+
+def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def _attend_by_cudnn(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """`_attend`; nothing is kept, zeros that nobody reads stand for it."""
+
+    def kernel(query: Array, key: Array, value: Array) -> Array:
+        # Called as for gradients: the compiler sees that the backward pass calls the same again.
+        return jax.vjp(_cudnn_attention, query, key, value)[0]
+
+    mixed = differentiated_as(lambda *arrays: _attend(*arrays)[2], kernel)(query, key, value)
+    b, t, n, _ = query.shape
+    totals = jnp.zeros((b, n, t, 1), _accumulator(query))
+    return jnp.zeros((b, n, t, key.shape[1]), value.dtype), totals, mixed
+
+
+def _gradients_by_cudnn(
+    query: Array,
+    key: Array,
+    value: Array,
+    nothing: Array,
+    totals: Array,
+    mixed: Array,
+    cotangent: Array,
+) -> tuple[Array, Array, Array]:
+    del nothing, totals, mixed
+
+    def plain(query: Array, key: Array, value: Array, cotangent: Array) -> Any:
+        return _gradients(query, key, value, *_attend(query, key, value), cotangent)
+
+    def kernel(query: Array, key: Array, value: Array, cotangent: Array) -> Any:
+        return jax.vjp(_cudnn_attention, query, key, value)[1](cotangent)
+
+    return differentiated_as(plain, kernel)(query, key, value, cotangent)
 
 
 def _attend_by_head(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from metaformer_jax.models import depthwise_triton
 from metaformer_jax.models.lanes import fill_lanes, images_along_lanes
 
 # Pixels that are worked off together, where a row of the image has less.
@@ -32,8 +33,8 @@ def depthwise_conv2d(
     As everywhere in deep learning this is a cross-correlation: the kernel is not flipped.
 
     The XLA compiler for CPUs runs a grouped convolution more than ten times slower than the same
-    arithmetic written as shifted multiply-adds, which it fuses into one loop; the compiler for
-    GPUs prefers the grouped convolution. That for TPUs gives a grouped convolution to the vector
+    arithmetic written as shifted multiply-adds, which it fuses into one loop. For NVIDIA's GPUs
+    there are kernels of our own. The compiler for TPUs gives a grouped convolution to the vector
     unit. Where the batch is a multiple of 128 it is written there as products of whole rows with
     banded matrices, one for each channel: the matrix units do these in fewer cycles, by that
     compiler's estimate, though most of what they multiply is zero. All give the same values.
@@ -47,8 +48,7 @@ def depthwise_conv2d(
     Raises:
         ValueError: the kernel has an even side or another number of channels than `x`.
     """
-    _check_shapes(x, kernel)
-    return _convolve(x, kernel)
+    return _forward(x, kernel)[0]
 
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -64,6 +64,9 @@ def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, 
         cotangent,
         kernel,
         cpu=_kernel_gradient_by_blocks,
+        cuda=_kernel_gradient_by_triton
+        if depthwise_triton.has_kernel(x, kernel)
+        else _kernel_gradient_of_grouped,
         default=_kernel_gradient_of_grouped,
     )
     return x_gradient, kernel_gradient
@@ -86,7 +89,14 @@ def _check_shapes(x: Array, kernel: Array) -> None:
 
 @jax.jit
 def _convolve(x: Array, kernel: Array) -> Array:
-    return lax.platform_dependent(x, kernel, cpu=_shifted, tpu=_banded, default=_grouped)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=_shifted,
+        tpu=_banded,
+        cuda=depthwise_triton.convolve if depthwise_triton.has_kernel(x, kernel) else _grouped,
+        default=_grouped,
+    )
 
 
 def _grouped(x: Array, kernel: Array) -> Array:
@@ -170,6 +180,11 @@ def _shifted(x: Array, kernel: Array) -> Array:
 def _kernel_gradient_of_grouped(x: Array, cotangent: Array, kernel: Array) -> Array:
     _, transpose = jax.vjp(functools.partial(_grouped, x), kernel)
     return transpose(cotangent)[0]
+
+
+def _kernel_gradient_by_triton(x: Array, cotangent: Array, kernel: Array) -> Array:
+    gradient = depthwise_triton.kernel_gradient(x, cotangent, kernel.shape[:2])
+    return gradient.astype(kernel.dtype)
 
 
 def _kernel_gradient_by_blocks(x: Array, cotangent: Array, kernel: Array) -> Array:

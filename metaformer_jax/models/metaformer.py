@@ -22,6 +22,7 @@ from metaformer_jax.models.layers import (
     layer_norm,
 )
 from metaformer_jax.models.mixers import TokenMixerFn
+from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.stages import remat_name, run_blocks
 
 
@@ -161,15 +162,23 @@ class MetaFormerBlock(nnx.Module):
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b h w c"]:
         """The first half, with the token mixer."""
-        branch = self.token_mixer(self.norm1(x))
+        x, normalized = _beside(self.norm1, x)
+        branch = self.token_mixer(normalized)
         return _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
 
     def transform_channels(
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b h w c"]:
         """The second half, with the MLP."""
-        branch = self.mlp(self.norm2(x))
+        x, normalized = _beside(self.norm2, x)
+        branch = self.mlp(normalized)
         return _add_branch(x, branch, self.drop_path2, self.res_scale2, rngs)
+
+
+def _beside(norm: Any, x: Array) -> tuple[Array, Array]:
+    """`x`, and what this norm makes of it."""
+    # One that inherits may compute something else.
+    return norm.beside(x) if type(norm) is LayerNorm else (x, norm(x))
 
 
 def _add_branch(

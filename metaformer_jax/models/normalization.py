@@ -1,4 +1,7 @@
-"""Layer normalisation that keeps, for its backward pass, its input and two numbers per mean."""
+"""Layer normalisation that keeps, for its backward pass, its input and two numbers per mean.
+
+By the kernels for GPUs it keeps its input alone.
+"""
 
 import functools
 from typing import Any
@@ -9,7 +12,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from metaformer_jax.models import normalization_triton
 from metaformer_jax.models.schedule import run_after
+from metaformer_jax.models.triton import has_kernels
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -19,12 +24,20 @@ class LayerNorm(nnx.LayerNorm):
     """
 
     def __call__(self, x: Float[Array, "b *c"]) -> Float[Array, "b *c"]:  # type: ignore[override]
+        return self.beside(x)[1]
+
+    def beside(self, x: Float[Array, "b *c"]) -> tuple[Float[Array, "b *c"], Float[Array, "b *c"]]:
+        """`x` itself, and normalised: on GPUs the gradients of both are added up in one pass."""
         axes = self.reduction_axes
         axes = tuple(axis % x.ndim for axis in ((axes,) if isinstance(axes, int) else axes))
-        normalized = _normalize(x, self.scale[...], axes, self.epsilon)  # type: ignore[index]
+        scale: Array = self.scale[...]  # type: ignore[index]
+        is_short = axes == (x.ndim - 1,) and x.shape[-1] <= normalization_triton.MOST_CHANNELS
+        if is_short and self.bias is None and has_kernels(x, scale):
+            return _normalize_beside(x, scale, self.epsilon, self.dtype or jnp.float32)
+        normalized = _normalize(x, scale, axes, self.epsilon)
         if self.bias is not None:
             normalized = normalized + self.bias[...]
-        return normalized.astype(self.dtype)
+        return x, normalized.astype(self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -64,6 +77,51 @@ def _backward(
 
 
 _normalize.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _normalize_beside(
+    x: Float[Array, "b *c"], scale: Float[Array, " c"], epsilon: float, dtype: Any
+) -> tuple[Float[Array, "b *c"], Float[Array, "b *c"]]:
+    """`x`, and normalised over the last axis in this dtype, by the kernels for GPUs."""
+    return _forward_beside(x, scale, epsilon, dtype)[0]
+
+
+def _forward_beside(
+    x: Array, scale: Array, epsilon: float, dtype: Any
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    normalized = lax.platform_dependent(
+        x,
+        scale,
+        cuda=functools.partial(normalization_triton.normalize, epsilon=epsilon, dtype=dtype),
+        default=functools.partial(_normalize_last, epsilon=epsilon, dtype=dtype),
+    )
+    return (x, normalized), (x, scale)
+
+
+def _backward_beside(
+    epsilon: float, dtype: Any, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    def plain(x: Array, scale: Array, cotangent: Array, beside: Array) -> tuple[Array, Array]:
+        normalize = functools.partial(_normalize_last, epsilon=epsilon, dtype=dtype)
+        by_x, by_scale = jax.vjp(normalize, x, scale)[1](cotangent)
+        return by_x + beside, by_scale
+
+    beside, cotangent = cotangents
+    return lax.platform_dependent(
+        *residuals,
+        cotangent,
+        beside,
+        cuda=functools.partial(normalization_triton.gradients, epsilon=epsilon),
+        default=plain,
+    )
+
+
+_normalize_beside.defvjp(_forward_beside, _backward_beside)
+
+
+def _normalize_last(x: Array, scale: Array, *, epsilon: float, dtype: Any) -> Array:
+    return _normalize(x, scale, (x.ndim - 1,), epsilon).astype(dtype)
 
 
 def _unfused(means: Any) -> Any:

@@ -1,5 +1,9 @@
-"""StarReLU, and what follows it, with backward passes that keep the activation's input alone."""
+"""StarReLU, and what follows it, with backward passes that keep the activation's input alone.
 
+On GPUs they keep its positive part, or with a linear layer's product its squares too.
+"""
+
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -9,6 +13,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from metaformer_jax.models import depthwise_triton
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.matmul import kernel_gradient, matmul
@@ -87,36 +92,81 @@ def star_relu_matmul(
     kernel: Float[Array, "c d"],
 ) -> Float[Array, "*b d"]:
     """The StarReLU of `x` times `kernel`."""
-    return matmul(_star_relu(x, scale, bias), kernel)
+    return _matmul_forward(x, scale, bias, kernel)[0]
 
 
 def _matmul_forward(
     x: Array, scale: Array, bias: Array, kernel: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    return star_relu_matmul(x, scale, bias, kernel), (x, scale, bias, kernel)
+    product, kept = lax.platform_dependent(
+        x, scale, bias, kernel, cuda=_multiply_squares, default=_multiply_activated
+    )
+    return product, (kept, scale, bias, kernel)
 
 
 def _matmul_backward(
     residuals: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array, Array, Array, Array]:
-    x, scale, bias, kernel = residuals
-    positive = _positive(x, cotangent)
+    kept, scale, bias, kernel = residuals
+    by_x, of_squares = lax.platform_dependent(
+        kept,
+        scale,
+        kernel,
+        cotangent,
+        cuda=_gradients_of_squares,
+        default=_gradients_of_activated,
+    )
     # The product is linear in the squares and in the bias: what is known of it for each of them
     # makes the sums over all activations, for scale and bias, sums over the kernel.
-    of_squares = kernel_gradient(jnp.square(positive), cotangent)
     of_ones = jnp.sum(cotangent, tuple(range(cotangent.ndim - 1)), dtype=scale.dtype)
     by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
     wide = kernel.astype(scale.dtype)
     by_scale = jnp.sum(wide * of_squares).reshape(scale.shape)
     by_bias = jnp.dot(wide.sum(0), of_ones).reshape(bias.shape)
-    by_x = _input_gradient(positive, scale, cotangent @ kernel.T)
     return by_x, by_scale, by_bias, by_kernel
 
 
 star_relu_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@jax.custom_vjp
+def _multiply_activated(x: Array, scale: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
+    """The product, and what the backward pass needs of `x`."""
+    return matmul(_star_relu(x, scale, bias), kernel), x
+
+
+def _gradients_of_activated(
+    x: Array, scale: Array, kernel: Array, cotangent: Array
+) -> tuple[Array, Array]:
+    positive = _positive(x, cotangent)
+    of_squares = kernel_gradient(jnp.square(positive), cotangent)
+    return _input_gradient(positive, scale, cotangent @ kernel.T), of_squares
+
+
+def _multiply_squares(x: Array, scale: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
+    """`_multiply_activated` for GPUs: scale and bias are applied to the kernel.
+
+    What is left of the activation the product before it does when it writes its result, down to the
+    maximum, and the backward pass finds the squares again.
+    """
+    positive, wide = jnp.maximum(_by_token(x), 0), kernel.astype(scale.dtype)
+    product = jnp.square(positive) @ (scale * wide).astype(kernel.dtype)
+    product = product + (bias * wide.sum(0)).astype(product.dtype)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1]), positive.reshape(x.shape)
+
+
+def _gradients_of_squares(
+    positive: Array, scale: Array, kernel: Array, cotangent: Array
+) -> tuple[Array, Array]:
+    flat, given = _by_token(positive), _by_token(cotangent)
+    scaled = (2 * scale * kernel.astype(scale.dtype)).astype(kernel.dtype)
+    by_x = (given @ scaled.T) * flat
+    return by_x.reshape(positive.shape), kernel_gradient(jnp.square(flat), given)
+
+
+def _by_token(x: Float[Array, "*b c"]) -> Float[Array, "n c"]:
+    return x.reshape(-1, x.shape[-1])
+
+
 def star_relu_depthwise_conv2d(
     x: Float[Array, "b h w c"],
     scale: Float[Array, " 1"],
@@ -124,24 +174,45 @@ def star_relu_depthwise_conv2d(
     kernel: Float[Array, "kh kw c"],
 ) -> Float[Array, "b h w c"]:
     """The `depthwise_conv2d` of the StarReLU of `x`."""
-    return depthwise_conv2d(_star_relu(x, scale, bias), kernel)
+    return _star_relu_depthwise(depthwise_triton.has_kernel(x, kernel), x, scale, bias, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _star_relu_depthwise(
+    by_triton: bool, x: Array, scale: Array, bias: Array, kernel: Array
+) -> Array:
+    return _depthwise_forward(by_triton, x, scale, bias, kernel)[0]
 
 
 def _depthwise_forward(
-    x: Array, scale: Array, bias: Array, kernel: Array
+    by_triton: bool, x: Array, scale: Array, bias: Array, kernel: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    return star_relu_depthwise_conv2d(x, scale, bias, kernel), (x, scale, bias, kernel)
+    convolved, kept = lax.platform_dependent(
+        x,
+        scale,
+        bias,
+        kernel,
+        cuda=_convolve_squares if by_triton else _convolve_activated,
+        default=_convolve_activated,
+    )
+    return convolved, (kept, scale, bias, kernel)
 
 
 def _depthwise_backward(
-    residuals: tuple[Array, ...], cotangent: Array
+    by_triton: bool, residuals: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array, Array, Array, Array]:
-    x, scale, bias, kernel = residuals
+    kept, scale, bias, kernel = residuals
     cotangent = images_along_lanes(cotangent, major_to_minor=(1, 3, 2, 0))
-    positive = _positive(x, cotangent)
-    by_activated, of_squares = jax.vjp(depthwise_conv2d, jnp.square(positive), kernel)[1](cotangent)
+    by_x, of_squares = lax.platform_dependent(
+        kept,
+        scale,
+        kernel,
+        cotangent,
+        cuda=_gradients_of_convolved_squares if by_triton else _gradients_of_convolved,
+        default=_gradients_of_convolved,
+    )
     # As in a matrix product; of ones, each tap sums what it reaches inside the image.
-    (kh, kw, _), (h, w) = kernel.shape, x.shape[1:3]
+    (kh, kw, _), (h, w) = kernel.shape, cotangent.shape[1:3]
     of_ones = jnp.einsum(
         "ih,hwc,jw->ijc",
         _reached(kh, h),
@@ -153,10 +224,53 @@ def _depthwise_backward(
     by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
     by_scale = jnp.sum(wide * of_squares).reshape(scale.shape)
     by_bias = jnp.sum(wide * of_ones).reshape(bias.shape)
-    return _input_gradient(positive, scale, by_activated), by_scale, by_bias, by_kernel
+    return by_x, by_scale, by_bias, by_kernel
 
 
-star_relu_depthwise_conv2d.defvjp(_depthwise_forward, _depthwise_backward)
+_star_relu_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _convolve_activated(x: Array, scale: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
+    """The convolution, and what the backward pass needs of `x`."""
+    return depthwise_conv2d(_star_relu(x, scale, bias), kernel), x
+
+
+def _gradients_of_convolved(
+    x: Array, scale: Array, kernel: Array, cotangent: Array
+) -> tuple[Array, Array]:
+    positive = _positive(x, cotangent)
+    by_activated, of_squares = jax.vjp(depthwise_conv2d, jnp.square(positive), kernel)[1](cotangent)
+    return _input_gradient(positive, scale, by_activated), of_squares
+
+
+def _convolve_squares(
+    x: Array, scale: Array, bias: Array, kernel: Array, *, interpret: bool = False
+) -> tuple[Array, Array]:
+    """`_convolve_activated` for GPUs: scale and bias are applied to the kernel."""
+    positive, wide = jnp.maximum(x, 0), kernel.astype(scale.dtype)
+    (kh, kw, _), (h, w) = kernel.shape, x.shape[1:3]
+    of_ones = jnp.einsum(
+        "ih,ijc,jw->hwc",
+        _reached(kh, h),
+        wide,
+        _reached(kw, w),
+        precision=lax.Precision.HIGHEST,
+    )
+    convolved = depthwise_triton.convolve(
+        positive, scale * wide, squares=True, offset=bias * of_ones, interpret=interpret
+    )
+    return convolved, positive
+
+
+def _gradients_of_convolved_squares(
+    positive: Array, scale: Array, kernel: Array, cotangent: Array, *, interpret: bool = False
+) -> tuple[Array, Array]:
+    flipped = 2 * scale * kernel.astype(scale.dtype)[::-1, ::-1]
+    by_x = depthwise_triton.convolve(cotangent, flipped, factor=positive, interpret=interpret)
+    of_squares = depthwise_triton.kernel_gradient(
+        positive, cotangent, kernel.shape[:2], squares=True, interpret=interpret
+    )
+    return by_x, of_squares.astype(kernel.dtype)
 
 
 def _reached(kernel_size: int, size: int) -> Float[np.ndarray, "kernel_size size"]:

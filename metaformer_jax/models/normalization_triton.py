@@ -1,0 +1,204 @@
+"""Layer normalisation over the last axis as kernels for NVIDIA's GPUs: everything is read once."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from metaformer_jax.models.triton import (
+    THREADS,
+    call,
+    differentiated_as,
+    load,
+    power_of_two,
+    store,
+)
+
+# A row is held by the threads of one block.
+MOST_CHANNELS = 1024
+# Channels that are loaded together, and few enough for the threads of one warp.
+_MOST_TOGETHER = 128
+# Numbers of each array that a thread holds, where that is not too many rows.
+_PER_THREAD = 16
+_MOST_ROWS = 16
+# Blocks of threads of a backward pass, each of which adds up a gradient of the scale.
+_MOST_BLOCKS = 1024
+
+
+def normalize(
+    x: Float[Array, "*b c"],
+    scale: Float[Array, " c"],
+    *,
+    epsilon: float,
+    dtype: Any,
+    interpret: bool = False,
+) -> Float[Array, "*b c"]:
+    """`scale * (x - mean) / sqrt(variance + epsilon)`, where all but the result is float32.
+
+    Args:
+        x: the input.
+        scale: one number per channel.
+        epsilon: as above.
+        dtype: of the result.
+        interpret: runs it on any device, slowly.
+    """
+
+    def kernel(x: Array, scale: Array) -> Array:
+        flat = x.reshape(-1, x.shape[-1])
+        rows, channels = _block(flat.shape[1])
+        body = functools.partial(_normalize_kernel, rows=rows, channels=channels, epsilon=epsilon)
+        out, grid = jax.ShapeDtypeStruct(flat.shape, dtype), (pl.cdiv(len(flat), rows),)
+        return call(body, grid, out, flat, scale, interpret=interpret).reshape(x.shape)
+
+    plain = functools.partial(_plain, epsilon=epsilon, dtype=dtype)
+    return differentiated_as(plain, kernel)(x, scale)
+
+
+def gradients(
+    x: Float[Array, "*b c"],
+    scale: Float[Array, " c"],
+    cotangent: Float[Array, "*b c"],
+    beside: Float[Array, "*b c"],
+    *,
+    epsilon: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "*b c"], Float[Array, " c"]]:
+    """Those for `x`, with `beside` added, and for `scale`; arguments as above."""
+
+    def kernel(x: Array, *arrays: Array) -> tuple[Array, Array]:
+        scale, *others = arrays
+        flat, c = x.reshape(-1, x.shape[-1]), x.shape[-1]
+        rows, channels = _block(c)
+        parts = pl.cdiv(pl.cdiv(len(flat), rows), _MOST_BLOCKS)
+        blocks = pl.cdiv(len(flat), rows * parts)
+        body = functools.partial(
+            _normalization_gradient_kernel,
+            rows=rows,
+            channels=channels,
+            epsilon=epsilon,
+            parts=parts,
+        )
+        out = (
+            jax.ShapeDtypeStruct(flat.shape, x.dtype),
+            jax.ShapeDtypeStruct((blocks, c), jnp.float32),
+        )
+        arrays = (flat, scale, *(other.reshape(flat.shape) for other in others))
+        by_x, by_scale = call(body, (blocks,), out, *arrays, interpret=interpret)
+        return by_x.reshape(x.shape), by_scale.sum(0)
+
+    def plain(x: Array, scale: Array, cotangent: Array, beside: Array) -> tuple[Array, Array]:
+        function = functools.partial(_plain, epsilon=epsilon, dtype=cotangent.dtype)
+        by_x, by_scale = jax.vjp(function, x, scale)[1](cotangent)
+        return by_x + beside, by_scale
+
+    return differentiated_as(plain, kernel)(x, scale, cotangent, beside)
+
+
+def _plain(x: Array, scale: Array, *, epsilon: float, dtype: Any) -> Array:
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * (lax.rsqrt(variance + epsilon) * scale)).astype(dtype)
+
+
+def _block(c: int) -> tuple[int, int]:
+    """Rows of a block of threads, and channels that are loaded together."""
+    channels = min(c & -c, _MOST_TOGETHER)
+    # Of odd numbers and the like one load takes all, and leaves threads idle.
+    channels = channels if channels >= 16 else power_of_two(c)
+    rows = power_of_two(-(-THREADS * _PER_THREAD // max(c, channels)))
+    return min(rows, _MOST_ROWS), channels
+
+
+def _load_row(array: Any, row: Array, channels: int) -> list[Array]:
+    n, c = array.shape
+    return [
+        load(array.at[row, channel], (row < n) & (channel < c)) for channel in _parts(c, channels)
+    ]
+
+
+def _load_scale(array: Any, row: Array, channels: int) -> list[Array]:
+    (c,) = array.shape
+    return [
+        load(array.at[0 * row + channel], 0 * row + channel < c) for channel in _parts(c, channels)
+    ]
+
+
+def _store_row(array: Any, row: Array, channels: int, values: list[Array]) -> None:
+    n, c = array.shape
+    for channel, part in zip(_parts(c, channels), values, strict=True):
+        store(array.at[row, channel], part, (row < n) & (channel < c))
+
+
+def _parts(c: int, channels: int) -> list[Array]:
+    return [first + jnp.arange(channels)[None, :] for first in range(0, c, channels)]
+
+
+def _mean(values: list[Array], c: int) -> Array:
+    return jnp.sum(functools.reduce(jnp.add, values), 1, keepdims=True) / c
+
+
+def _centred(values: list[Array], c: int, epsilon: float) -> tuple[list[Array], Array]:
+    mean, channels = _mean(values, c), values[0].shape[1]
+    centred = [
+        jnp.where(channel < c, part - mean, 0) if c % channels else part - mean
+        for channel, part in zip(_parts(c, channels), values, strict=True)
+    ]
+    return centred, lax.rsqrt(_mean([part * part for part in centred], c) + epsilon)
+
+
+def _normalize_kernel(
+    x: Any, scale: Any, out: Any, *, rows: int, channels: int, epsilon: float
+) -> None:
+    row = pl.program_id(0) * rows + jnp.arange(rows)[:, None]
+    centred, inverse = _centred(_load_row(x, row, channels), x.shape[1], epsilon)
+    weights = _load_scale(scale, row, channels)
+    normalized = [part * (inverse * weight) for part, weight in zip(centred, weights, strict=True)]
+    _store_row(out, row, channels, normalized)
+
+
+def _normalization_gradient_kernel(
+    x: Any,
+    scale: Any,
+    cotangent: Any,
+    beside: Any,
+    by_x: Any,
+    by_scale: Any,
+    *,
+    rows: int,
+    channels: int,
+    epsilon: float,
+    parts: int,
+) -> None:
+    c, block = x.shape[1], pl.program_id(0)
+    first = block * parts * rows + jnp.arange(rows)[:, None]
+    weights = _load_scale(scale, first, channels)
+
+    def add_rows(part: Any, totals: list[Array]) -> list[Array]:
+        row = first + part * rows
+        centred, inverse = _centred(_load_row(x, row, channels), c, epsilon)
+        normalized = [part * inverse for part in centred]
+        given = _load_row(cotangent, row, channels)
+        gradients = [part * weight for part, weight in zip(given, weights, strict=True)]
+        # What moves all values, or stretches them, does not show in the output.
+        moved = _mean(gradients, c)
+        products = [a * b for a, b in zip(gradients, normalized, strict=True)]
+        stretched = _mean(products, c)
+        results = [
+            inverse * (gradient - moved - part * stretched) + other
+            for gradient, part, other in zip(
+                gradients, normalized, _load_row(beside, row, channels), strict=True
+            )
+        ]
+        _store_row(by_x, row, channels, results)
+        return [a + b * d for a, b, d in zip(totals, given, normalized, strict=True)]
+
+    zeros = [jnp.zeros((rows, channels), jnp.float32)] * len(weights)
+    totals = lax.fori_loop(0, parts, add_rows, zeros)
+    for start, total in zip(range(0, c, channels), totals, strict=True):
+        channel = start + jnp.arange(channels)
+        store(by_scale.at[block, channel], total.sum(0), channel < c)

@@ -1,0 +1,112 @@
+"""What our kernels for NVIDIA's GPUs have in common: Pallas, compiled by Triton.
+
+Where JAX has no such compiler (it is to be removed some day) XLA's own forms are used.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:
+    triton = None  # type: ignore[assignment]
+
+THREADS = 128
+# Places in an array are 32 bits wide.
+_MOST_NUMBERS = 2**31 - 1
+
+
+_is_allowed = jax.make_user_context(True)
+
+
+def without_kernels() -> contextlib.AbstractContextManager[None]:
+    """In this context (`with`) models are compiled to XLA's own forms on GPUs as well.
+
+    For programs that are exported, or that XLA is to divide among several GPUs by itself: it knows
+    how to for its own forms alone. cuDNN's attention counts as a kernel here.
+    """
+    return _is_allowed(False)
+
+
+def has_kernels(*arrays: Array) -> bool:
+    """Whether arrays of such dtypes and sizes have kernels on this process's GPUs.
+
+    They are traced where they might run alone: without a GPU nothing waits for them.
+    """
+    return _is_allowed.value and _is_compiled_here() and all(map(_is_supported, arrays))
+
+
+def _is_supported(array: Any) -> bool:
+    # Sizes that are not known before a program runs are for exported ones.
+    is_known = all(isinstance(side, int) for side in array.shape)
+    is_short = array.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+    return is_short and is_known and 0 < array.size <= _MOST_NUMBERS
+
+
+@functools.cache
+def _is_compiled_here() -> bool:
+    if triton is None or jax.default_backend() != "gpu":
+        return False
+    device = jax.local_devices()[0]
+    # Of the Ampere generation and later.
+    return device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8
+
+
+def differentiated_as(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, a function of arrays, with the gradients of `plain`, which gives the same."""
+    function = jax.custom_vjp(kernel)
+    function.defvjp(
+        lambda *arrays: (kernel(*arrays), arrays),
+        lambda arrays, cotangent: jax.vjp(plain, *arrays)[1](cotangent),
+    )
+    return function
+
+
+def call(
+    body: functools.partial[None], grid: tuple[int, ...], out: Any, *arrays: Array, interpret: bool
+) -> Any:
+    """Runs `body` for each place of the grid, with references to whole arrays.
+
+    Args:
+        body: a partial of the function that names the kernel.
+        grid: the numbers of blocks of threads.
+        out: shape and dtype of the result, or of several.
+        arrays: the input.
+        interpret: runs it on any device, slowly.
+    """
+    return pl.pallas_call(
+        body,
+        out_shape=out,
+        grid=grid,
+        in_specs=[_whole(array) for array in arrays],
+        out_specs=jax.tree.map(_whole, out),
+        compiler_params=triton.CompilerParams(num_warps=THREADS // 32, num_stages=1),
+        interpret=interpret,
+        name=body.func.__name__.strip("_"),
+    )(*arrays)
+
+
+def _whole(array: Any) -> pl.BlockSpec:
+    return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
+
+
+def load(part: Any, is_inside: Array) -> Float[Array, "..."]:
+    """These numbers of an array as float32, zero where they are not inside."""
+    return triton.load(part, mask=is_inside, other=0).astype(jnp.float32)
+
+
+def store(part: Any, values: Array, is_inside: Array) -> None:
+    """The opposite."""
+    triton.store(part, values.astype(part.dtype), mask=is_inside)
+
+
+def power_of_two(number: int) -> int:
+    """The least that is not below: all sizes of blocks are such."""
+    return 1 << (number - 1).bit_length()
