@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models import normalization_triton
 from metaformer_jax.models.schedule import run_after
-from metaformer_jax.models.triton import has_kernels
+from metaformer_jax.models.triton import differentiated_as, has_kernels
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -90,11 +90,10 @@ def _normalize_beside(
 def _forward_beside(
     x: Array, scale: Array, epsilon: float, dtype: Any
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    plain = functools.partial(_normalize_last, epsilon=epsilon, dtype=dtype)
+    kernel = functools.partial(normalization_triton.normalize, epsilon=epsilon, dtype=dtype)
     normalized = lax.platform_dependent(
-        x,
-        scale,
-        cuda=functools.partial(normalization_triton.normalize, epsilon=epsilon, dtype=dtype),
-        default=functools.partial(_normalize_last, epsilon=epsilon, dtype=dtype),
+        x, scale, cuda=differentiated_as(plain, kernel), default=plain
     )
     return (x, normalized), (x, scale)
 
@@ -107,13 +106,10 @@ def _backward_beside(
         by_x, by_scale = jax.vjp(normalize, x, scale)[1](cotangent)
         return by_x + beside, by_scale
 
+    kernel = functools.partial(normalization_triton.gradients, epsilon=epsilon)
     beside, cotangent = cotangents
     return lax.platform_dependent(
-        *residuals,
-        cotangent,
-        beside,
-        cuda=functools.partial(normalization_triton.gradients, epsilon=epsilon),
-        default=plain,
+        *residuals, cotangent, beside, cuda=differentiated_as(plain, kernel), default=plain
     )
 
 

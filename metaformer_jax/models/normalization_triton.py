@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from metaformer_jax.models.triton import (
     THREADS,
     call,
-    differentiated_as,
     load,
     power_of_two,
     store,
@@ -46,16 +45,11 @@ def normalize(
         dtype: of the result.
         interpret: runs it on any device, slowly.
     """
-
-    def kernel(x: Array, scale: Array) -> Array:
-        flat = x.reshape(-1, x.shape[-1])
-        rows, channels = _block(flat.shape[1])
-        body = functools.partial(_normalize_kernel, rows=rows, channels=channels, epsilon=epsilon)
-        out, grid = jax.ShapeDtypeStruct(flat.shape, dtype), (pl.cdiv(len(flat), rows),)
-        return call(body, grid, out, flat, scale, interpret=interpret).reshape(x.shape)
-
-    plain = functools.partial(_plain, epsilon=epsilon, dtype=dtype)
-    return differentiated_as(plain, kernel)(x, scale)
+    flat = x.reshape(-1, x.shape[-1])
+    rows, channels = _block(flat.shape[1])
+    body = functools.partial(_normalize_kernel, rows=rows, channels=channels, epsilon=epsilon)
+    out, grid = jax.ShapeDtypeStruct(flat.shape, dtype), (pl.cdiv(len(flat), rows),)
+    return call(body, grid, out, flat, scale, interpret=interpret).reshape(x.shape)
 
 
 def gradients(
@@ -68,41 +62,24 @@ def gradients(
     interpret: bool = False,
 ) -> tuple[Float[Array, "*b c"], Float[Array, " c"]]:
     """Those for `x`, with `beside` added, and for `scale`; arguments as above."""
-
-    def kernel(x: Array, *arrays: Array) -> tuple[Array, Array]:
-        scale, *others = arrays
-        flat, c = x.reshape(-1, x.shape[-1]), x.shape[-1]
-        rows, channels = _block(c)
-        parts = pl.cdiv(pl.cdiv(len(flat), rows), _MOST_BLOCKS)
-        blocks = pl.cdiv(len(flat), rows * parts)
-        body = functools.partial(
-            _normalization_gradient_kernel,
-            rows=rows,
-            channels=channels,
-            epsilon=epsilon,
-            parts=parts,
-        )
-        out = (
-            jax.ShapeDtypeStruct(flat.shape, x.dtype),
-            jax.ShapeDtypeStruct((blocks, c), jnp.float32),
-        )
-        arrays = (flat, scale, *(other.reshape(flat.shape) for other in others))
-        by_x, by_scale = call(body, (blocks,), out, *arrays, interpret=interpret)
-        return by_x.reshape(x.shape), by_scale.sum(0)
-
-    def plain(x: Array, scale: Array, cotangent: Array, beside: Array) -> tuple[Array, Array]:
-        function = functools.partial(_plain, epsilon=epsilon, dtype=cotangent.dtype)
-        by_x, by_scale = jax.vjp(function, x, scale)[1](cotangent)
-        return by_x + beside, by_scale
-
-    return differentiated_as(plain, kernel)(x, scale, cotangent, beside)
-
-
-def _plain(x: Array, scale: Array, *, epsilon: float, dtype: Any) -> Array:
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * (lax.rsqrt(variance + epsilon) * scale)).astype(dtype)
+    flat, c = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    rows, channels = _block(c)
+    parts = pl.cdiv(pl.cdiv(len(flat), rows), _MOST_BLOCKS)
+    blocks = pl.cdiv(len(flat), rows * parts)
+    body = functools.partial(
+        _normalization_gradient_kernel,
+        rows=rows,
+        channels=channels,
+        epsilon=epsilon,
+        parts=parts,
+    )
+    out = (
+        jax.ShapeDtypeStruct(flat.shape, x.dtype),
+        jax.ShapeDtypeStruct((blocks, c), jnp.float32),
+    )
+    given = (cotangent.reshape(flat.shape), beside.reshape(flat.shape))
+    by_x, by_scale = call(body, (blocks,), out, flat, scale, *given, interpret=interpret)
+    return by_x.reshape(x.shape), by_scale.sum(0)
 
 
 def _block(c: int) -> tuple[int, int]:
