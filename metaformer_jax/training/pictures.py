@@ -48,16 +48,14 @@ def draw_misclassified(
     title: str,
 ) -> None:
     """A grid of images, each with its label, the prediction instead and its probability."""
-    columns = max(1, min(8, len(examples)))
-    num_rows = max(1, -(-len(examples) // columns))
-    figure = Figure(figsize=(max(6, 1.6 * columns), 0.6 + 2.1 * num_rows), layout="constrained")
-    figure.suptitle(title)
-    grid = figure.subplots(num_rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, (image, label, prediction, probability) in zip(grid.flat, examples, strict=False):
-        axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray")
-        axes.set_title(f"{label}, not {prediction}\n({probability:.0%} sure)", fontsize=9)
+    figure = _image_grid(
+        [image for image, *_ in examples],
+        [
+            f"{_shortened(label, 24)}\nnot {_shortened(prediction, 20)}\n({probability:.0%} sure)"
+            for _, label, prediction, probability in examples
+        ],
+        title=title,
+    )
     save(figure, path)
 
 
@@ -76,21 +74,67 @@ def batch_figure(
         class_names: for the captions.
         title: above the grid.
     """
-    columns = max(1, min(8, len(images)))
-    num_rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.7 * columns, 0.6 + 2.2 * num_rows), layout="constrained")
-    figure.suptitle(title)
-    grid = figure.subplots(num_rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, image, target in zip(grid.flat, np.clip(images, 0, 1), targets, strict=False):
-        axes.imshow(
-            image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1
-        )
+    captions = []
+    for target in targets:
         # Smoothing gives every class a share; those that an image shows stand out.
         main = [index for index in np.argsort(-target)[:2] if target[index] > 2 * target.min()]
-        lines = [f"{class_names[index]} {target[index]:.0%}" for index in main]
-        axes.set_title("\n".join(lines), fontsize=8)
+        captions.append(
+            "\n".join(f"{_shortened(class_names[index], 19)} {target[index]:.0%}" for index in main)
+        )
+    return _image_grid(np.clip(images, 0, 1), captions, title=title)
+
+
+def _shortened(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 3].rstrip() + "..."
+
+
+def _image_grid(
+    images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], *, title: str
+) -> Figure:
+    """Images of one size, each below a caption of up to three lines."""
+    columns = max(1, min(8, len(images)))
+    num_rows = max(1, -(-len(images) // columns))
+    # In inches.
+    image_width, gap, caption_height, title_height = 1.5, 0.15, 0.5, 0.4
+    height, width = images[0].shape[:2] if len(images) else (1, 1)
+    image_height = image_width * height / width
+    cell_width, cell_height = image_width + gap, image_height + caption_height + gap
+    grid_width, grid_height = columns * cell_width, num_rows * cell_height
+    figure_width, figure_height = max(6, grid_width), title_height + grid_height
+    figure = Figure(figsize=(figure_width, figure_height))
+    figure.suptitle(title, y=1 - title_height / 2 / figure_height, verticalalignment="center")
+    # One pair of axes for all: matplotlib takes seconds for one each.
+    axes = figure.add_axes(
+        (
+            (figure_width - grid_width) / 2 / figure_width,
+            0,
+            grid_width / figure_width,
+            grid_height / figure_height,
+        )
+    )
+    axes.axis("off")
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        row, column = divmod(index, columns)
+        left = column * cell_width + gap / 2
+        top = grid_height - row * cell_height - caption_height
+        axes.imshow(
+            image.squeeze(-1) if image.shape[-1] == 1 else image,
+            cmap="gray",
+            vmin=0,
+            vmax=1 if np.issubdtype(image.dtype, np.floating) else 255,
+            extent=(left, left + image_width, top - image_height, top),
+            aspect="auto",
+        )
+        axes.text(
+            left + image_width / 2,
+            top + gap / 3,
+            caption,
+            fontsize=8,
+            horizontalalignment="center",
+            verticalalignment="bottom",
+        )
+    # Showing an image moves the limits to it.
+    axes.set(xlim=(0, grid_width), ylim=(0, grid_height))
     return figure
 
 
