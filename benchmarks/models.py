@@ -54,7 +54,7 @@ class Case:
 
 
 class Ours:
-    """The JAX model, as `jax.jit` compiles it."""
+    """The JAX model, by `jit_inference` and by `jax.jit` with `compiler_options`."""
 
     def __init__(self, case, weights):
         import jax
@@ -83,11 +83,9 @@ class Ours:
         images, labels = jnp.asarray(case.images()), jnp.asarray(case.labels())
 
         if case.task == "inference":
-            model.eval()
-            graphdef, state = nnx.split(model)
-            forward = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
-            self.logits = np.asarray(forward(state, images))
-            self._call = lambda: forward(state, images)
+            answer = metaformer_jax.jit_inference(model)
+            self.logits = np.asarray(answer(images))
+            self._call = lambda: answer(images)
             self._finish = jax.block_until_ready
             return
 
@@ -107,7 +105,7 @@ class Ours:
             updates, moments = optimizer.update(gradients, moments, params)
             return (optax.apply_updates(params, updates), moments, number + 1), loss
 
-        jitted = jax.jit(step, donate_argnums=0)
+        jitted = jax.jit(step, donate_argnums=0, compiler_options=metaformer_jax.compiler_options())
         self._state = (params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
         def train():

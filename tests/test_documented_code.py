@@ -120,6 +120,13 @@ def where_it_looks(run, patch):
     assert names["maps"].shape == (2, 1, 1, 4, 4)
 
 
+@shows("docs/using.md", "jit_inference(model)")
+def for_many_images(run, patch):
+    names = run(model=small_model(), images=IMAGES)
+    assert names["logits"].shape == (2, 10)
+    assert len(names["stages_of"](IMAGES)) == 3
+
+
 @shows("docs/using.md", "deserialize")
 def a_program_without_this_package(run, patch):
     exported = export_stablehlo(small_model(), platforms=("cpu",))

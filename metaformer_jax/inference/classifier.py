@@ -65,7 +65,7 @@ class Classifier:
     def _compiled(self) -> Any:
         graphdef, state = nnx.split(self.model)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=models.compiler_options())
         def probabilities(state: nnx.State, images: Array) -> Array:
             logits = dataclasses.replace(self, model=nnx.merge(graphdef, state)).logits(images)
             return jax.nn.softmax(logits, axis=-1)

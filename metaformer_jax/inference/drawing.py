@@ -1,6 +1,7 @@
 """Pictures with what a model looks at, drawn over them."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from metaformer_jax import explain
 from metaformer_jax.inference.batches import Classified
 from metaformer_jax.inference.classifier import Classifier
+from metaformer_jax.models import compiler_options
 
 _MAX_COLUMNS = 6
 _NAME_LENGTH = 26
@@ -54,7 +56,7 @@ class Explainer:
         with_attention = explain.has_attention(classifier.model, index)
         graphdef, state = nnx.split(classifier.model)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=compiler_options())
         def maps(state: nnx.State, images: Any, classes: Any) -> dict[str, Any]:
             model = nnx.merge(graphdef, state)
             images = classifier.normalize(images)

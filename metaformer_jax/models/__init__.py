@@ -2,6 +2,7 @@
 
 from metaformer_jax.models.class_names import imagenet_class_names, imagenet_synsets
 from metaformer_jax.models.count import Counts, count
+from metaformer_jax.models.jit import compiler_options, jit_inference
 from metaformer_jax.models.layers import (
     Dropout,
     Frozen,
@@ -56,11 +57,13 @@ __all__ = [
     "SepConv",
     "StarReLU",
     "TokenMixerFn",
+    "compiler_options",
     "count",
     "create_model",
     "image_layer_norm",
     "imagenet_class_names",
     "imagenet_synsets",
+    "jit_inference",
     "layer_norm",
     "list_models",
     "model_info",

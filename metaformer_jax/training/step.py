@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from metaformer_jax.data.device import DeviceTransform, check_groups
 from metaformer_jax.data.mixing import Mixed
-from metaformer_jax.models import Frozen, ImageKeys, MetaFormer
+from metaformer_jax.models import Frozen, ImageKeys, MetaFormer, compiler_options
 from metaformer_jax.training import sharding
 
 Tree = dict[str, Any]
@@ -118,11 +118,17 @@ class Engine:
         self.initial_state = jax.jit(
             self._initial_state, out_shardings=self.state_shardings, compiler_options=once
         )
+        options = compiler_options(mesh.devices.flat[0].platform)
         self.train_step = jax.jit(
-            self._train_step, donate_argnums=0, out_shardings=(self.state_shardings, None)
+            self._train_step,
+            donate_argnums=0,
+            out_shardings=(self.state_shardings, None),
+            compiler_options=options,
         )
         self.training_inputs = jax.jit(self._training_inputs)
-        self.eval_step = jax.jit(self._eval_step, out_shardings=sharding.replicated(mesh))
+        self.eval_step = jax.jit(
+            self._eval_step, out_shardings=sharding.replicated(mesh), compiler_options=options
+        )
 
     def _initial_state(self) -> TrainState:
         model = self.build(nnx.Rngs(self._seed))

@@ -1,0 +1,110 @@
+"""Models compiled for the weights that they have."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metaformer_jax.models import FAMILIES, MetaFormer, compiler_options, jit_inference
+from metaformer_jax.models import jit as models_jit
+
+
+@pytest.fixture
+def model():
+    spec = FAMILIES["caformer"].spec(depths=(1, 1, 1, 1), dims=(8, 16, 32, 32))
+    return MetaFormer(spec, num_classes=10, image_size=32, drop_path_rate=0.5, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def images():
+    return jnp.asarray(np.random.default_rng(0).standard_normal((2, 32, 32, 3)), jnp.float32)
+
+
+def expected(model, images):
+    model = nnx.clone(model)
+    model.eval()
+    return called(model, images)
+
+
+@nnx.jit
+def called(model, images):
+    return model(images)
+
+
+@pytest.fixture
+def num_arguments(monkeypatch):
+    """Of each call of what `jax.jit` gave in the module."""
+    calls = []
+
+    def jit(function, **options):
+        jitted = jax.jit(function, **options)
+
+        def called(*arguments):
+            calls.append(len(jax.tree.leaves(arguments)))
+            return jitted(*arguments)
+
+        return called
+
+    monkeypatch.setattr(models_jit, "jax", types.SimpleNamespace(**vars(jax) | {"jit": jit}))
+    return calls
+
+
+def test_it_answers_as_the_model_does_in_evaluation_mode(model, images):
+    model.train()
+    answer = jit_inference(model)
+    np.testing.assert_allclose(answer(images), expected(model, images), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(answer(images[:1]), answer(images)[:1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_model_is_not_changed_and_may_be_changed_afterwards(model, images):
+    model.train()
+    before = expected(model, images)
+    answer = jit_inference(model)
+    model.head.fc2.bias[...] += 1
+    np.testing.assert_allclose(answer(images), before, rtol=1e-5, atol=1e-6)
+    # It still drops paths.
+    assert np.abs(called(model, images) - expected(model, images)).max() > 0.01
+
+
+def test_it_takes_any_function_of_the_model(model, images):
+    stages = jit_inference(model, MetaFormer.features)(images)
+    model.eval()
+    for ours, theirs in zip(stages, model.features(images), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_constants_on_one_cpu_and_arguments_on_several_devices(
+    model, images, num_arguments
+):
+    jit_inference(model)(images)
+    replicated = NamedSharding(Mesh(jax.devices()[:2], "data"), PartitionSpec())
+    graphdef, state = nnx.split(model)
+    spread = nnx.merge(graphdef, jax.device_put(state, replicated))
+    answer = jit_inference(spread)
+    np.testing.assert_allclose(answer(images), expected(model, images), rtol=1e-5, atol=1e-6)
+    assert num_arguments == [1, 1 + len(jax.tree.leaves(state))]
+
+
+def test_it_may_be_a_part_of_a_larger_program(model, images):
+    answer = jit_inference(model)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda images: answer(images).sum()))(images)
+    np.testing.assert_allclose(loss, answer(images).sum(), rtol=1e-5)
+    assert gradient.shape == images.shape
+    assert np.abs(gradient).max() > 0
+
+
+def test_options_are_for_cpus_and_those_that_are_not_known_are_left_out(monkeypatch):
+    assert compiler_options("gpu") == compiler_options("tpu") == {}
+    known = compiler_options("cpu")
+    assert compiler_options() == known == models_jit._FOR_CPUS
+    product = jax.jit(lambda x, y: x @ y, compiler_options=known)
+    program = product.lower(jnp.zeros((64, 64)), jnp.zeros((64, 64))).compile().as_text()
+    assert "ynn" not in program
+    models_jit._knows_options_for_cpus.cache_clear()
+    monkeypatch.setattr(models_jit, "_FOR_CPUS", {"xla_cpu_no_such_option": "1"})
+    assert compiler_options("cpu") == {}
+    models_jit._knows_options_for_cpus.cache_clear()
