@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import leftovers
 import pytest
@@ -21,6 +22,18 @@ if _MADE_HERE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="metaformer-jax-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_in_short(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Without LLVM's optimisations, which take longer than what most tests run; not so where a
+    file's rounding is to be that of users. Programs of their own are compiled as ever."""
+    import jax
+
+    is_optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not is_optimized)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -8,6 +8,8 @@ from flax import nnx
 
 import metaformer_jax
 
+pytestmark = pytest.mark.optimized
+
 GRADIENTS = np.load(reference.DATA / "gradients.npz")
 GRADIENT_CASES = sorted({key.split("/")[0] for key in GRADIENTS.files})
 

@@ -11,6 +11,8 @@ from flax import nnx
 from metaformer_jax.models import Attention, MetaFormer, MetaFormerSpec, Pooling
 from metaformer_jax.training import optim
 
+pytestmark = pytest.mark.optimized
+
 SCHEDULES = np.load(reference.DATA / "schedules.npz")
 STEPS = np.load(reference.DATA / "optimizer_steps.npz")
 

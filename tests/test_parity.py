@@ -7,6 +7,8 @@ import pytest
 import reference
 from flax import nnx
 
+pytestmark = pytest.mark.optimized
+
 FORWARD = np.load(reference.DATA / "forward.npz")
 FORWARD_CASES = sorted({key.split("/")[0] for key in FORWARD.files})
 FAMILIES = ["identityformer_s12", "randformer_s12", "poolformerv2_s12", "convformer_s18"]

@@ -23,6 +23,8 @@ from metaformer_jax.weights.files import write_tensors
 from metaformer_jax.weights.pretrained import build_abstract
 from metaformer_jax.weights.write import write_variables
 
+pytestmark = pytest.mark.optimized
+
 FORWARD = np.load(reference.DATA / "forward.npz")
 SMALL = "identityformer_s12"
 

@@ -1,5 +1,7 @@
 """The kernels for GPUs: what they compute, run on a CPU by Pallas; and that they lower for GPUs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,11 +128,11 @@ def test_scale_and_bias_may_be_applied_to_a_matrix(dtype):
     x, kernel = _normal(0, (2, 4, 4, 12), dtype), _normal(1, (12, 5), dtype)
     cotangent, scale, bias = _normal(2, (2, 4, 4, 5), dtype), jnp.array([0.9]), jnp.array([-0.4])
     tolerance = 1e-5 if dtype == jnp.float32 else 0.05
-    expected, kept = star_relu._multiply_activated(x, scale, bias, kernel)
-    actual, positive = star_relu._multiply_squares(x, scale, bias, kernel)
+    expected, kept = jax.jit(star_relu._multiply_activated)(x, scale, bias, kernel)
+    actual, positive = jax.jit(star_relu._multiply_squares)(x, scale, bias, kernel)
     _assert_close(actual, expected, tolerance)
-    expected = star_relu._gradients_of_activated(kept, scale, kernel, cotangent)
-    actual = star_relu._gradients_of_squares(positive, scale, kernel, cotangent)
+    expected = jax.jit(star_relu._gradients_of_activated)(kept, scale, kernel, cotangent)
+    actual = jax.jit(star_relu._gradients_of_squares)(positive, scale, kernel, cotangent)
     for ours, theirs in zip(actual, expected, strict=True):
         _assert_close(ours, theirs, tolerance)
 
@@ -138,13 +140,14 @@ def test_scale_and_bias_may_be_applied_to_a_matrix(dtype):
 def test_scale_and_bias_may_be_applied_to_a_depthwise_kernel():
     x, kernel = _normal(0, (2, 4, 5, 6)), _normal(1, (3, 5, 6))
     cotangent, scale, bias = _normal(2, x.shape), jnp.array([0.9]), jnp.array([-0.4])
-    expected, kept = star_relu._convolve_activated(x, scale, bias, kernel)
-    actual, positive = star_relu._convolve_squares(x, scale, bias, kernel, interpret=True)
+    by_kernels = functools.partial(jax.jit, static_argnames="interpret")
+    expected, kept = jax.jit(star_relu._convolve_activated)(x, scale, bias, kernel)
+    convolve = by_kernels(star_relu._convolve_squares)
+    actual, positive = convolve(x, scale, bias, kernel, interpret=True)
     _assert_close(actual, expected, 1e-5)
-    expected = star_relu._gradients_of_convolved(kept, scale, kernel, cotangent)
-    actual = star_relu._gradients_of_convolved_squares(
-        positive, scale, kernel, cotangent, interpret=True
-    )
+    expected = jax.jit(star_relu._gradients_of_convolved)(kept, scale, kernel, cotangent)
+    gradients = by_kernels(star_relu._gradients_of_convolved_squares)
+    actual = gradients(positive, scale, kernel, cotangent, interpret=True)
     for ours, theirs in zip(actual, expected, strict=True):
         _assert_close(ours, theirs, 1e-5)
 
