@@ -9,11 +9,14 @@ import jax
 from flax import nnx
 
 # XLA gives matrix products, convolutions and sums on CPUs to YNNPACK. With the first two by Eigen,
-# its other library, these models are up to 1.2 times as fast; sums and softmaxes are better off.
-_FOR_CPUS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+# its other library, these models are up to 1.2 times as fast (on two AVX-512 cores; others were not
+# measured); sums and softmaxes are better off with YNNPACK.
+_FOR_CPUS: dict[str, str | bool] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"
+}
 
 
-def compiler_options(platform: str | None = None) -> dict[str, str]:
+def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
     """What to give `jax.jit(..., compiler_options=...)` for these models.
 
     JAX takes options for an outermost `jax.jit` only.
@@ -31,9 +34,9 @@ def compiler_options(platform: str | None = None) -> dict[str, str]:
 
 @functools.cache
 def _knows_options_for_cpus() -> bool:
-    nothing = jax.jit(lambda: 0).trace().lower(lowering_platforms=("cpu",))
     try:
-        nothing.compile(compiler_options=_FOR_CPUS)
+        with jax.default_device("cpu"):
+            jax.jit(lambda: 0).lower().compile(compiler_options=_FOR_CPUS)
     except jax.errors.JaxRuntimeError:
         return False
     return True
