@@ -97,14 +97,24 @@ def test_it_may_be_a_part_of_a_larger_program(model, images):
     assert np.abs(gradient).max() > 0
 
 
-def test_options_are_for_cpus_and_those_that_are_not_known_are_left_out(monkeypatch):
+@pytest.fixture
+def asked_anew():
+    """What JAX knows."""
+    models_jit._knows_options_for_cpus.cache_clear()
+    yield
+    models_jit._knows_options_for_cpus.cache_clear()
+
+
+def test_options_are_for_cpus():
     assert compiler_options("gpu") == compiler_options("tpu") == {}
     known = compiler_options("cpu")
     assert compiler_options() == known == models_jit._FOR_CPUS
     product = jax.jit(lambda x, y: x @ y, compiler_options=known)
     program = product.lower(jnp.zeros((64, 64)), jnp.zeros((64, 64))).compile().as_text()
     assert "ynn" not in program
-    models_jit._knows_options_for_cpus.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_options_that_are_not_known_are_left_out(monkeypatch):
     monkeypatch.setattr(models_jit, "_FOR_CPUS", {"xla_cpu_no_such_option": "1"})
     assert compiler_options("cpu") == {}
-    models_jit._knows_options_for_cpus.cache_clear()
