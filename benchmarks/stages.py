@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax.models import Attention, ImageKeys, MetaFormerBlock, SepConv, layer_norm
+from metaformer_jax.models.lanes import compiled_for
 from metaformer_jax.models.stages import REMAT, run_blocks
 from metaformer_jax.training.hlo import read_program
 from metaformer_jax.training.memory import memory_of
@@ -65,7 +66,8 @@ def _compiled(arguments, remat, device):
 
     def loss(params, x, keys):
         blocks = nnx.merge(graphdef, params, rest)
-        x = run_blocks(blocks, x, rngs=ImageKeys(keys), remat=remat, scan=arguments.scan)
+        with compiled_for(device.platform):
+            x = run_blocks(blocks, x, rngs=ImageKeys(keys), remat=remat, scan=arguments.scan)
         return jnp.sum(jnp.square(x.astype(jnp.float32)))
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), arguments.batch_size))

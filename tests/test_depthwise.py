@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaformer_jax.models import depthwise
+from metaformer_jax.models import depthwise, depthwise_banded
 from metaformer_jax.models.depthwise import depthwise_conv2d
 
 SHAPES = [
@@ -37,24 +37,70 @@ def test_every_lowering_is_the_definition(lowering, x_shape, kernel_shape):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("x_shape", "kernel_shape", "rows"),
-    [
-        ((128, 9, 9, 2), (7, 7, 2), 3),
-        ((128, 5, 70, 2), (7, 3, 2), 1),
-        ((128, 4, 3, 2), (7, 7, 2), 4),
-        ((128, 1, 1, 2), (3, 3, 2), 1),
-    ],
-)
-def test_banded_matrices_are_the_definition(x_shape, kernel_shape, rows):
+# On a side are 3, 1, 4 and 1 rows.
+BANDED = [
+    ((128, 9, 9, 2), (7, 7, 2)),
+    ((128, 5, 70, 2), (7, 3, 2)),
+    ((128, 4, 3, 2), (7, 7, 2)),
+    ((128, 1, 1, 2), (3, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("x_shape", "kernel_shape"), BANDED)
+def test_bands_for_images_are_the_definition(x_shape, kernel_shape):
     x, kernel, _ = _arrays(x_shape, kernel_shape)
-    actual = depthwise._banded(x, kernel)
+    actual = depthwise_banded.convolve_images(x, kernel)
     expected = _plain(np.asarray(x, np.float64), np.asarray(kernel, np.float64))
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-    # So many rows of the image side by side: it is the banded form that runs.
-    jaxpr = str(jax.make_jaxpr(depthwise._banded)(x, kernel))
-    b, h, w, c = x_shape
-    assert f"f32[{b},{h // rows},{c * rows * w}]" in jaxpr
+
+
+def _convolve_rows(x, kernel):
+    rows = depthwise_banded.fold(x)
+    return depthwise_banded.convolve_rows(rows, kernel, width=x.shape[2]).reshape(x.shape)
+
+
+# Blocks of 4, 2 and 1 rows, of which 1, 2 and 3 on each side are in reach; and those above.
+ROWS = [((1, 20, 28, 2), (7, 7, 2)), ((2, 6, 48, 2), (7, 3, 2)), ((1, 4, 100, 3), (7, 5, 3))]
+
+
+@pytest.mark.parametrize(("x_shape", "kernel_shape"), SHAPES + ROWS)
+def test_bands_for_rows_are_the_definition(x_shape, kernel_shape):
+    x, kernel, cotangent = _arrays(x_shape, kernel_shape)
+    expected = _plain(np.asarray(x, np.float64), np.asarray(kernel, np.float64))
+    np.testing.assert_allclose(_convolve_rows(x, kernel), expected, rtol=1e-5, atol=1e-5)
+    gradient = depthwise._kernel_gradient_of_rows(x, cotangent, kernel)
+    expected = depthwise._kernel_gradient_of_grouped(x, cotangent, kernel)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "form"),
+    [
+        ((256, 56, 56, 4), "convolve_images"),
+        ((128, 7, 7, 4), "convolve_images"),
+        ((64, 56, 56, 4), "convolve_rows"),
+        ((16, 28, 28, 4), "convolve_rows"),
+        ((8, 28, 28, 4), "_grouped"),  # too few for their matrices
+        ((60, 28, 28, 4), "_grouped"),  # do not fill the sublanes
+        ((64, 14, 14, 4), "_grouped"),  # two blocks, and three in reach
+        ((64, 70, 70, 4), "_grouped"),  # leave almost half of the lanes empty
+        ((128, 130, 130, 4), "_grouped"),  # more than the lanes
+        ((64, 130, 130, 4), "_grouped"),
+        (jax.export.symbolic_shape("8*b, 56, 56, 4"), "_grouped"),
+    ],
+)
+def test_the_shape_decides_what_tpus_run(x_shape, form, monkeypatch):
+    called = []
+    for module, name in [
+        (depthwise_banded, "convolve_images"),
+        (depthwise_banded, "convolve_rows"),
+        (depthwise, "_grouped"),
+    ]:
+        stub = lambda x, *_, name=name, **__: called.append(name) or x  # noqa: E731
+        monkeypatch.setattr(module, name, stub)
+    x = jax.ShapeDtypeStruct(x_shape, jnp.bfloat16)
+    jax.eval_shape(depthwise._banded, x, jax.ShapeDtypeStruct((7, 7, 4), jnp.bfloat16))
+    assert called == [form]
 
 
 @pytest.mark.parametrize(("x_shape", "kernel_shape"), SHAPES)

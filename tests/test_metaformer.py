@@ -12,11 +12,14 @@ from metaformer_jax.models import (
     ConvGeometry,
     ImageKeys,
     MetaFormer,
+    MetaFormerBlock,
     MetaFormerSpec,
     MlpHead,
     Pooling,
     SepConv,
+    image_layer_norm,
 )
+from metaformer_jax.models.lanes import compiled_for
 
 # Kernels of 3x3 compile in a fraction of the time of 7x7.
 SPEC = MetaFormerSpec(
@@ -228,3 +231,35 @@ def test_specs_that_contradict_themselves_are_refused(fields, message):
     valid = {"depths": (1, 1), "dims": (8, 8), "token_mixers": (Pooling, Pooling)}
     with pytest.raises(ValueError, match=message):
         MetaFormerSpec(**{"res_scale_init": (None, None), **valid, **fields})
+
+
+def test_rows_side_by_side_change_nothing():
+    block = MetaFormerBlock(
+        2,
+        token_mixer=SepConv,
+        norm=image_layer_norm,
+        resolution=(28, 28),
+        drop_path_rate=0.5,
+        res_scale_init=0.9,
+        rngs=nnx.Rngs(0),
+    )
+    x = jax.random.normal(jax.random.key(0), (16, 28, 28, 2))
+    keys = jax.random.split(jax.random.key(1), len(x))
+    graphdef, params, rest = nnx.split(block, nnx.Param, ...)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params, rest)(x, rngs=ImageKeys(keys))))
+
+    def value_and_gradients():
+        traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, x)
+        return str(traced.jaxpr), traced.lower().compile()(params, x)
+
+    # Where TPUs run it; and nowhere else.
+    with compiled_for("tpu"):
+        program, actual = value_and_gradients()
+    assert "16,7,112,2" in program
+    program, expected = value_and_gradients()
+    assert "16,7,112,2" not in program
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, expected
+    )

@@ -36,11 +36,28 @@ def _plain(x, scale, bias):
     return scale * jnp.maximum(x, 0) ** 2 + bias
 
 
+@jax.custom_vjp
+def _in_rows(x, scale, bias, kernel):
+    """What TPUs run where rows fill their lanes."""
+    return star_relu._convolve_activated_rows(x, scale, bias, kernel)[0]
+
+
+def _in_rows_forward(x, scale, bias, kernel):
+    convolved, kept = star_relu._convolve_activated_rows(x, scale, bias, kernel)
+    return convolved, (kept, scale, bias, kernel)
+
+
+_in_rows.defvjp(
+    _in_rows_forward,
+    lambda residuals, cotangent: star_relu._gradients_of_convolved_rows(*residuals, cotangent),
+)
+
 # Ours, the formula, and the shape of the kernel.
 LAYERS = [
     (star_relu.star_relu_matmul, _matmul, (6, 9)),
     (star_relu.star_relu_matmul, _matmul, (6, 2)),
     (star_relu.star_relu_depthwise_conv2d, _depthwise, (3, 5, 6)),
+    (_in_rows, _depthwise, (3, 5, 6)),
 ]
 
 

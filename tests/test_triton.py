@@ -145,9 +145,9 @@ def test_scale_and_bias_may_be_applied_to_a_depthwise_kernel():
     convolve = by_kernels(star_relu._convolve_squares)
     actual, positive = convolve(x, scale, bias, kernel, interpret=True)
     _assert_close(actual, expected, 1e-5)
-    expected = jax.jit(star_relu._gradients_of_convolved)(kept, scale, kernel, cotangent)
+    expected = jax.jit(star_relu._gradients_of_convolved)(kept, scale, bias, kernel, cotangent)
     gradients = by_kernels(star_relu._gradients_of_convolved_squares)
-    actual = gradients(positive, scale, kernel, cotangent, interpret=True)
+    actual = gradients(positive, scale, bias, kernel, cotangent, interpret=True)
     for ours, theirs in zip(actual, expected, strict=True):
         _assert_close(ours, theirs, 1e-5)
 

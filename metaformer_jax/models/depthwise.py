@@ -6,17 +6,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from metaformer_jax.models import depthwise_triton
-from metaformer_jax.models.lanes import fill_lanes, images_along_lanes
+from metaformer_jax.models import depthwise_banded, depthwise_triton
 
-# Pixels that are worked off together, where a row of the image has less.
-_SIDE = 64
-# Beyond so many pixels in a row its matrices are too large, and mostly zero.
-_WIDEST = 128
 # Of a CPU, in float32 numbers.
 _CACHE_LINE = 16
 # Pixels and channels that fit its nearest cache together with what is under the kernel.
@@ -35,9 +29,9 @@ def depthwise_conv2d(
     The XLA compiler for CPUs runs a grouped convolution more than ten times slower than the same
     arithmetic written as shifted multiply-adds, which it fuses into one loop. For NVIDIA's GPUs
     there are kernels of our own. The compiler for TPUs gives a grouped convolution to the vector
-    unit. Where the batch is a multiple of 128 it is written there as products of whole rows with
-    banded matrices, one for each channel: the matrix units do these in fewer cycles, by that
-    compiler's estimate, though most of what they multiply is zero. All give the same values.
+    unit. Where images or their rows fill its lanes it is written there as products of whole rows
+    with banded matrices: the matrix units do these in fewer cycles, by that compiler's estimate,
+    though most of what they multiply is zero. All give the same values.
     Gradients have rules of their own, so reverse mode works to any order; plain forward mode
     (`jax.jvp`) does not.
 
@@ -66,6 +60,9 @@ def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, 
         cpu=_kernel_gradient_by_blocks,
         cuda=_kernel_gradient_by_triton
         if depthwise_triton.has_kernel(x, kernel)
+        else _kernel_gradient_of_grouped,
+        tpu=_kernel_gradient_of_rows
+        if depthwise_banded.takes_rows(x.shape, kernel.shape)
         else _kernel_gradient_of_grouped,
         default=_kernel_gradient_of_grouped,
     )
@@ -111,41 +108,12 @@ def _grouped(x: Array, kernel: Array) -> Array:
 
 
 def _banded(x: Array, kernel: Array) -> Array:
-    """Rows, `r` side by side, times matrices that hold the kernel along their diagonals."""
-    b, h, w, c = x.shape
-    if not fill_lanes(b) or w > _WIDEST:
-        return _grouped(x, kernel)
-    r = _rows_together(h, w)
-    # So many blocks of rows above and below are in reach.
-    reach = -(-(kernel.shape[0] // 2) // r)
-    bands = _bands(kernel, r, w, reach)
-    blocks = x.reshape(b, h // r, r * w, c).transpose(0, 1, 3, 2).reshape(b, h // r, c * r * w)
-    out = lax.conv_general_dilated(
-        blocks,
-        bands,
-        window_strides=(1,),
-        padding=[(reach, reach)],
-        dimension_numbers=("NHC", "HIO", "NHC"),
-        feature_group_count=c,
-    )
-    out = out.reshape(b, h // r, c, r * w).transpose(0, 1, 3, 2).reshape(x.shape)
-    # For the linear layer that follows. There the product of whole rows leaves them anyway.
-    return images_along_lanes(out, major_to_minor=(1, 2, 3, 0))
-
-
-def _bands(
-    kernel: Float[Array, "kh kw c"], r: int, w: int, reach: int
-) -> Float[Array, "blocks rw crw"]:
-    """For each block of rows in reach and each channel: from every pixel of it to every output."""
-    kh, kw, c = kernel.shape
-    offsets = np.arange(-reach, reach + 1)[:, None, None] * r
-    rows = offsets + np.arange(r)[:, None] - np.arange(r) + kh // 2
-    columns = np.arange(w)[:, None] - np.arange(w) + kw // 2
-    bands = kernel[rows.clip(0, kh - 1)][:, :, :, columns.clip(0, kw - 1)]
-    is_inside = ((rows >= 0) & (rows < kh))[..., None, None] & (columns >= 0) & (columns < kw)
-    bands = jnp.where(is_inside[..., None], bands, 0)
-    # From [block, row in, row out, column in, column out, channel].
-    return bands.transpose(0, 1, 3, 5, 2, 4).reshape(2 * reach + 1, r * w, c * r * w)
+    if depthwise_banded.takes_images(x.shape):
+        return depthwise_banded.convolve_images(x, kernel)
+    if depthwise_banded.takes_rows(x.shape, kernel.shape):
+        rows = depthwise_banded.fold(x)
+        return depthwise_banded.convolve_rows(rows, kernel, width=x.shape[2]).reshape(x.shape)
+    return _grouped(x, kernel)
 
 
 def _padded(x: Array, kernel: Array) -> Array:
@@ -180,6 +148,13 @@ def _shifted(x: Array, kernel: Array) -> Array:
 def _kernel_gradient_of_grouped(x: Array, cotangent: Array, kernel: Array) -> Array:
     _, transpose = jax.vjp(functools.partial(_grouped, x), kernel)
     return transpose(cotangent)[0]
+
+
+def _kernel_gradient_of_rows(x: Array, cotangent: Array, kernel: Array) -> Array:
+    fold = depthwise_banded.fold
+    return depthwise_banded.kernel_gradient_of_rows(
+        fold(x), fold(cotangent), kernel, width=x.shape[2]
+    )
 
 
 def _kernel_gradient_by_triton(x: Array, cotangent: Array, kernel: Array) -> Array:
@@ -233,8 +208,3 @@ def _channels_together(c: int) -> int:
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _rows_together(h: int, w: int) -> int:
-    """So many rows of an image have about `_SIDE` pixels, and divide it."""
-    return max(r for r in range(1, h + 1) if h % r == 0 and (r == 1 or r * w <= _SIDE))

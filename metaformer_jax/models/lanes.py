@@ -1,17 +1,34 @@
 """Where images lie in a TPU's vector unit."""
 
+import contextlib
 from typing import Any
 
+import jax
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-_LANES = 128
+LANES = 128
+
+_platform = jax.make_user_context("")
+
+
+def compiled_for(platform: str) -> contextlib.AbstractContextManager[None]:
+    """In this context (`with`) models are written as this platform runs their stages best.
+
+    Needed only where they are compiled for other devices than this process has by default.
+    """
+    return _platform(platform)
+
+
+def is_for_tpus() -> bool:
+    """Whether what is traced now is to run on TPUs, as far as is known."""
+    return (_platform.value or jax.default_backend()) == "tpu"
 
 
 def fill_lanes(batch_size: Any) -> bool:
     """Whether so many images fill the lanes of a TPU's vector unit, and leave none empty."""
-    return batch_size % _LANES == 0
+    return batch_size % LANES == 0
 
 
 def images_along_lanes(

@@ -21,7 +21,7 @@ from metaformer_jax.models.layers import (
     ResScale,
     layer_norm,
 )
-from metaformer_jax.models.mixers import TokenMixerFn
+from metaformer_jax.models.mixers import SepConv, TokenMixerFn
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.stages import remat_name, run_blocks
 
@@ -154,16 +154,36 @@ class MetaFormerBlock(nnx.Module):
         self.res_scale2 = nnx.data(res_scale())
 
     def __call__(
-        self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
+        self,
+        x: Float[Array, "b h w c"],
+        *,
+        rngs: nnx.Rngs | ImageKeys | None = None,
+        width: int | None = None,
     ) -> Float[Array, "b h w c"]:
-        return self.transform_channels(self.mix_tokens(x, rngs=rngs), rngs=rngs)
+        """What the block makes of its input.
+
+        Args:
+            x: a stage's images, or as `fold` gives them.
+            rngs: as of the model.
+            width: of the images, where `x` has several of their rows side by side.
+        """
+        return self.transform_channels(self.mix_tokens(x, rngs=rngs, width=width), rngs=rngs)
+
+    def fold(self, x: Float[Array, "b h w c"]) -> Float[Array, "b g rw c"]:
+        """`x`, with rows side by side where the mixer works on such (`SepConv.fold`)."""
+        return self.token_mixer.fold(x) if isinstance(self.token_mixer, SepConv) else x
 
     def mix_tokens(
-        self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
+        self,
+        x: Float[Array, "b h w c"],
+        *,
+        rngs: nnx.Rngs | ImageKeys | None = None,
+        width: int | None = None,
     ) -> Float[Array, "b h w c"]:
         """The first half, with the token mixer."""
         x, normalized = _beside(self.norm1, x)
-        branch = self.token_mixer(normalized)
+        images = normalized.reshape(len(x), -1, width or x.shape[2], x.shape[3])
+        branch = self.token_mixer(images).reshape(x.shape)
         return _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
 
     def transform_channels(

@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import normalization_triton
 from metaformer_jax.models.schedule import run_after
 from metaformer_jax.models.triton import differentiated_as, has_kernels
+
+# What `jax.checkpoint` knows them by.
+STATISTICS = "statistics"
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -52,10 +56,10 @@ def _forward(
     x: Array, scale: Array, axes: tuple[int, ...], epsilon: float
 ) -> tuple[Array, tuple[Array, ...]]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = _unfused(jnp.mean(wide, axes, keepdims=True))
+    mean = checkpoint_name(_unfused(jnp.mean(wide, axes, keepdims=True)), STATISTICS)
     centred = wide - mean
     inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + epsilon)
-    inverse = _unfused(inverse)
+    inverse = checkpoint_name(_unfused(inverse), STATISTICS)
     return centred * (inverse * scale), (x, scale, mean, inverse)
 
 

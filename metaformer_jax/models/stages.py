@@ -12,8 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.layers import PRODUCT, Dropout, ImageKeys
+from metaformer_jax.models.normalization import STATISTICS
 
-# What the backward pass computes anew of a block, in place of keeping it.
+# What the backward pass computes anew of a block, in place of keeping it. What norms divide by and
+# subtract, two numbers a token, is kept by all.
 REMAT = (
     # Nothing.
     "none",
@@ -62,27 +64,35 @@ def run_blocks(
     """
     for _, group in itertools.groupby(blocks, key=_description):
         alike = list(group)
+        # As they stay from block to block, kept or not.
+        rows, width = alike[0].fold(x), x.shape[2]
         if scan and len(alike) > scan and _may_loop(alike, rngs):
             keys = rngs if isinstance(rngs, ImageKeys) else None
-            x = _looped(alike, x, keys, remat, scan)
+            rows = _looped(alike, rows, width, keys, remat, scan)
         else:
             for block in alike:
-                x = _rematted(block, rngs, remat)(x)
+                rows = _rematted(block, width, rngs, remat)(rows)
+        x = rows.reshape(x.shape)
     return x
 
 
 def _rematted(
-    block: Any, rngs: nnx.Rngs | ImageKeys | None, remat: str, *, in_loop: bool = False
+    block: Any,
+    width: int,
+    rngs: nnx.Rngs | ImageKeys | None,
+    remat: str,
+    *,
+    in_loop: bool = False,
 ) -> Callable[..., Any]:
     # A compiler would see through what is computed twice, but for loops, which it leaves alone.
-    checkpoint = functools.partial(jax.checkpoint, prevent_cse=not in_loop)
+    kept = (STATISTICS, PRODUCT) if remat == "products" else (STATISTICS,)
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    checkpoint = functools.partial(jax.checkpoint, prevent_cse=not in_loop, policy=policy)
     if remat == "mlp":
         second = checkpoint(functools.partial(block.transform_channels, rngs=rngs))
-        return lambda x: second(block.mix_tokens(x, rngs=rngs))
-    run = functools.partial(block, rngs=rngs)
-    if remat == "products":
-        return checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
-    return checkpoint(run) if remat == "block" else run
+        return lambda x: second(block.mix_tokens(x, rngs=rngs, width=width))
+    run = functools.partial(block, rngs=rngs, width=width)
+    return run if remat == "none" else checkpoint(run)
 
 
 def _description(block: Any) -> Any:
@@ -114,7 +124,12 @@ def _may_loop(blocks: Sequence[Any], rngs: nnx.Rngs | ImageKeys | None) -> bool:
 
 
 def _looped(
-    blocks: Sequence[Any], x: Array, rngs: ImageKeys | None, remat: str, scan: int
+    blocks: Sequence[Any],
+    x: Array,
+    width: int,
+    rngs: ImageKeys | None,
+    remat: str,
+    scan: int,
 ) -> Array:
     # Masks come from the keys given: the blocks' own streams of keys are not used, nor stacked.
     split: Any = nnx.split(blocks[0], nnx.Not(nnx.RngState), ...)
@@ -127,7 +142,7 @@ def _looped(
     first: Any = 0
     if rngs is not None:
         first, counted = rngs.num_draws, ImageKeys(rngs.keys)
-        jax.eval_shape(functools.partial(blocks[0], rngs=counted), x)
+        jax.eval_shape(functools.partial(blocks[0], rngs=counted, width=width), x)
         num_draws = counted.num_draws
     draws = first + num_draws * jnp.arange(len(blocks))
 
@@ -137,7 +152,7 @@ def _looped(
         for part, keep_prob in zip(_dropouts(built), keep_probs, strict=True):
             part.keep_prob = keep_prob
         keys = None if rngs is None else ImageKeys(rngs.keys, num_draws=drawn)
-        return _rematted(built, keys, remat, in_loop=True)(x)
+        return _rematted(built, width, keys, remat, in_loop=True)(x)
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     x, _ = jax.lax.scan(

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from metaformer_jax.models import depthwise_triton
+from metaformer_jax.models import depthwise_banded, depthwise_triton
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.matmul import kernel_gradient, matmul
@@ -187,12 +187,14 @@ def _star_relu_depthwise(
 def _depthwise_forward(
     by_triton: bool, x: Array, scale: Array, bias: Array, kernel: Array
 ) -> tuple[Array, tuple[Array, ...]]:
+    in_rows = depthwise_banded.takes_rows(x.shape, kernel.shape)
     convolved, kept = lax.platform_dependent(
         x,
         scale,
         bias,
         kernel,
         cuda=_convolve_squares if by_triton else _convolve_activated,
+        tpu=_convolve_activated_rows if in_rows else _convolve_activated,
         default=_convolve_activated,
     )
     return convolved, (kept, scale, bias, kernel)
@@ -201,16 +203,38 @@ def _depthwise_forward(
 def _depthwise_backward(
     by_triton: bool, residuals: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array, Array, Array, Array]:
-    kept, scale, bias, kernel = residuals
-    cotangent = images_along_lanes(cotangent, major_to_minor=(1, 3, 2, 0))
-    by_x, of_squares = lax.platform_dependent(
-        kept,
-        scale,
-        kernel,
+    kept, _, _, kernel = residuals
+    in_rows = depthwise_banded.takes_rows(kept.shape, kernel.shape)
+    return lax.platform_dependent(
+        *residuals,
         cotangent,
         cuda=_gradients_of_convolved_squares if by_triton else _gradients_of_convolved,
+        tpu=_gradients_of_convolved_rows if in_rows else _gradients_of_convolved_images,
         default=_gradients_of_convolved,
     )
+
+
+_star_relu_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _convolve_activated(x: Array, scale: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
+    """The convolution, and what the backward pass needs of `x`."""
+    return depthwise_conv2d(_star_relu(x, scale, bias), kernel), x
+
+
+def _gradients_of_convolved(
+    x: Array, scale: Array, bias: Array, kernel: Array, cotangent: Array
+) -> tuple[Array, Array, Array, Array]:
+    positive = _positive(x, cotangent)
+    by_activated, of_squares = jax.vjp(depthwise_conv2d, jnp.square(positive), kernel)[1](cotangent)
+    by_x = _input_gradient(positive, scale, by_activated)
+    return by_x, *_parameter_gradients(of_squares, scale, bias, kernel, cotangent)
+
+
+def _parameter_gradients(
+    of_squares: Array, scale: Array, bias: Array, kernel: Array, cotangent: Array
+) -> tuple[Array, Array, Array]:
+    """Those of scale, bias and kernel, from that of a kernel over the squares."""
     # As in a matrix product; of ones, each tap sums what it reaches inside the image.
     (kh, kw, _), (h, w) = kernel.shape, cotangent.shape[1:3]
     of_ones = jnp.einsum(
@@ -224,23 +248,43 @@ def _depthwise_backward(
     by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
     by_scale = jnp.sum(wide * of_squares).reshape(scale.shape)
     by_bias = jnp.sum(wide * of_ones).reshape(bias.shape)
-    return by_x, by_scale, by_bias, by_kernel
+    return by_scale, by_bias, by_kernel
 
 
-_star_relu_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+def _gradients_of_convolved_images(
+    x: Array, scale: Array, bias: Array, kernel: Array, cotangent: Array
+) -> tuple[Array, Array, Array, Array]:
+    """`_gradients_of_convolved` for TPUs."""
+    cotangent = images_along_lanes(cotangent, major_to_minor=(1, 3, 2, 0))
+    return _gradients_of_convolved(x, scale, bias, kernel, cotangent)
 
 
-def _convolve_activated(x: Array, scale: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
-    """The convolution, and what the backward pass needs of `x`."""
-    return depthwise_conv2d(_star_relu(x, scale, bias), kernel), x
-
-
-def _gradients_of_convolved(
-    x: Array, scale: Array, kernel: Array, cotangent: Array
+def _convolve_activated_rows(
+    x: Array, scale: Array, bias: Array, kernel: Array
 ) -> tuple[Array, Array]:
-    positive = _positive(x, cotangent)
-    by_activated, of_squares = jax.vjp(depthwise_conv2d, jnp.square(positive), kernel)[1](cotangent)
-    return _input_gradient(positive, scale, by_activated), of_squares
+    """`_convolve_activated` for TPUs, with rows along the lanes from the first to the last."""
+    rows = depthwise_banded.rows_along_lanes(depthwise_banded.fold(x))
+    activated = _star_relu(rows, scale, bias)
+    convolved = depthwise_banded.convolve_rows(activated, kernel, width=x.shape[2])
+    return convolved.reshape(x.shape), rows.reshape(x.shape)
+
+
+def _gradients_of_convolved_rows(
+    x: Array, scale: Array, bias: Array, kernel: Array, cotangent: Array
+) -> tuple[Array, Array, Array, Array]:
+    """`_gradients_of_convolved` for TPUs, with rows along the lanes."""
+    width, rows = x.shape[2], depthwise_banded.fold(x)
+    cotangent = depthwise_banded.rows_along_lanes(depthwise_banded.fold(cotangent))
+    by_activated = depthwise_banded.convolve_rows(cotangent, kernel[::-1, ::-1], width=width)
+    by_kernel = depthwise_banded.kernel_gradient_of_rows(
+        _star_relu(rows, scale, bias), cotangent, kernel, width=width
+    )
+    # The sums over all activations are taken as the convolution is written.
+    positive, wide = jnp.maximum(rows, 0), by_activated.astype(scale.dtype)
+    by_scale = jnp.sum(wide * jnp.square(positive)).reshape(scale.shape)
+    by_bias = jnp.sum(wide).reshape(bias.shape)
+    by_x = depthwise_banded.rows_along_lanes(_input_gradient(positive, scale, by_activated))
+    return by_x.reshape(x.shape), by_scale, by_bias, by_kernel
 
 
 def _convolve_squares(
@@ -263,14 +307,21 @@ def _convolve_squares(
 
 
 def _gradients_of_convolved_squares(
-    positive: Array, scale: Array, kernel: Array, cotangent: Array, *, interpret: bool = False
-) -> tuple[Array, Array]:
+    positive: Array,
+    scale: Array,
+    bias: Array,
+    kernel: Array,
+    cotangent: Array,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array, Array]:
     flipped = 2 * scale * kernel.astype(scale.dtype)[::-1, ::-1]
     by_x = depthwise_triton.convolve(cotangent, flipped, factor=positive, interpret=interpret)
     of_squares = depthwise_triton.kernel_gradient(
         positive, cotangent, kernel.shape[:2], squares=True, interpret=interpret
     )
-    return by_x, of_squares.astype(kernel.dtype)
+    of_squares = of_squares.astype(kernel.dtype)
+    return by_x, *_parameter_gradients(of_squares, scale, bias, kernel, cotangent)
 
 
 def _reached(kernel_size: int, size: int) -> Float[np.ndarray, "kernel_size size"]:

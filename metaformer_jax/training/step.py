@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from metaformer_jax.data.device import DeviceTransform, check_groups
 from metaformer_jax.data.mixing import Mixed
 from metaformer_jax.models import Frozen, ImageKeys, MetaFormer, compiler_options
+from metaformer_jax.models.lanes import compiled_for
 from metaformer_jax.training import sharding
 
 Tree = dict[str, Any]
@@ -118,7 +119,8 @@ class Engine:
         self.initial_state = jax.jit(
             self._initial_state, out_shardings=self.state_shardings, compiler_options=once
         )
-        options = compiler_options(mesh.devices.flat[0].platform)
+        self._platform = mesh.devices.flat[0].platform
+        options = compiler_options(self._platform)
         self.train_step = jax.jit(
             self._train_step,
             donate_argnums=0,
@@ -181,9 +183,10 @@ class Engine:
         model = nnx.merge(self._graphdef, params, frozen, self._rest)
         if keys is None:
             model.eval()
-            return model(images)
-        model.train()
-        return model(images, rngs=keys)
+        else:
+            model.train()
+        with compiled_for(self._platform):
+            return model(images, rngs=keys)
 
     def _keys(self, step: Int[Array, ""], batch_size: int) -> tuple[Array, Array, Array]:
         """A step's randomness: of each mixing group, each image's erasing and its masks."""
