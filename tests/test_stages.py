@@ -10,6 +10,7 @@ from flax import nnx
 
 from metaformer_jax import models
 from metaformer_jax.models import ImageKeys, MetaFormer, MetaFormerSpec, stages
+from metaformer_jax.models.lanes import compiled_for
 
 # A small kernel compiles sooner.
 SEP_CONV = functools.partial(models.SepConv, kernel_size=3)
@@ -116,6 +117,20 @@ def test_less_is_kept_for_the_backward_pass(remat):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="`remat` must be one of 'none', 'mlp', 'products'"):
+    with pytest.raises(
+        ValueError, match="`remat` must be one of 'auto', 'none', 'mlp', 'products'"
+    ):
         _model(remat="some")
     assert stages.remat_name(True) == "block"
+
+
+def test_what_is_computed_anew_may_be_left_to_the_platform():
+    assert stages.remat_here("auto") == "none"
+    with compiled_for("tpu"):
+        assert stages.remat_here("auto") == "mlp"
+        assert [stages.remat_here(remat) for remat in stages.REMAT] == list(stages.REMAT)
+        graphdef, params, rest = nnx.split(_model(remat="auto", drop_path_rate=0.0), nnx.Param, ...)
+        program = jax.make_jaxpr(
+            jax.grad(lambda params: nnx.merge(graphdef, params, rest)(_images()).sum())
+        )(params)
+    assert str(program).count("remat") == 6

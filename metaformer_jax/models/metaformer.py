@@ -23,7 +23,7 @@ from metaformer_jax.models.layers import (
 )
 from metaformer_jax.models.mixers import SepConv, TokenMixerFn
 from metaformer_jax.models.normalization import LayerNorm
-from metaformer_jax.models.stages import remat_name, run_blocks
+from metaformer_jax.models.stages import remat_here, remat_name, run_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class MetaFormerBlock(nnx.Module):
     ) -> Float[Array, "b h w c"]:
         """The first half, with the token mixer."""
         x, normalized = _beside(self.norm1, x)
-        images = normalized.reshape(len(x), -1, width or x.shape[2], x.shape[3])
+        images = normalized.reshape(x.shape[0], -1, width or x.shape[2], x.shape[3])
         branch = self.token_mixer(images).reshape(x.shape)
         return _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
 
@@ -239,7 +239,8 @@ class MetaFormer(nnx.Module):
         dtype: compute dtype of stem and stages. Parameters, the statistics of norms, softmax and
             the head are float32 always.
         remat: what of each block the backward pass computes anew in place of keeping it, one of
-            `stages.REMAT`: less memory, more time, the same numbers. True means "block".
+            `stages.REMAT`: less memory, mostly more time, the same numbers. True means "block";
+            "auto" is "mlp" where it is compiled for TPUs, and elsewhere "none".
         scan: blocks in each round of a loop over those of a stage, for a shorter compilation and a
             slower step with the same parameters; 0 writes all out.
         rngs: initial values (`params`) and, where a rate is positive, masks (`dropout`).
@@ -331,7 +332,7 @@ class MetaFormer(nnx.Module):
         """
         self._check_images(images)
         x = jnp.asarray(images, self.dtype)
-        remat = remat_name(self.remat)
+        remat = remat_here(self.remat)
         if (remat != "none" or self.scan) and isinstance(rngs, nnx.Rngs):
             # Flax's streams count in a variable, which cannot change inside.
             rngs = ImageKeys(jax.random.split(rngs.dropout(), len(images)))

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from metaformer_jax.models.lanes import is_for_tpus
 from metaformer_jax.models.layers import PRODUCT, Dropout, ImageKeys
 from metaformer_jax.models.normalization import STATISTICS
 
@@ -26,19 +27,31 @@ REMAT = (
     # All of it.
     "block",
 )
+# In place of one of these: the fastest, by the estimate of the compiler for TPUs.
+AUTO = "auto"
 
 
 def remat_name(remat: str | bool) -> str:
-    """The name in `REMAT`; True means "block", False "none".
+    """The name in `REMAT`, or `AUTO`; True means "block", False "none".
 
     Raises:
         ValueError: there is no such name.
     """
     name = {True: "block", False: "none"}.get(remat, remat) if isinstance(remat, bool) else remat
-    if name not in REMAT:
-        allowed = ", ".join(map(repr, REMAT))
+    if name not in (AUTO, *REMAT):
+        allowed = ", ".join(map(repr, (AUTO, *REMAT)))
         raise ValueError(f"`remat` must be one of {allowed}, got {remat!r}.")
     return name
+
+
+def remat_here(remat: str | bool) -> str:
+    """The name in `REMAT` for what is traced now: `AUTO` is "mlp" for TPUs, and elsewhere "none".
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    name = remat_name(remat)
+    return ("mlp" if is_for_tpus() else "none") if name == AUTO else name
 
 
 def run_blocks(

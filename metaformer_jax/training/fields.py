@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from metaformer_jax.models.stages import REMAT
+from metaformer_jax.models.stages import AUTO, REMAT
 from metaformer_jax.training import optim
 
 
@@ -107,7 +107,7 @@ FIELDS: Mapping[str, tuple[Invariant, ...]] = {
     "model.drop_path_rate": (NUMBER, ROUNDS_BELOW_ONE),
     "model.head_dropout": (NUMBER, ROUNDS_BELOW_ONE),
     "model.dtype": (TEXT, _one_of("float32", "bfloat16")),
-    "model.remat": (TEXT, _one_of(*REMAT)),
+    "model.remat": (TEXT, _one_of(AUTO, *REMAT)),
     "model.scan": (WHOLE, NOT_NEGATIVE, _at_most(256)),
     "model.pretrained": (TEXT,),
     "model.fresh_head": (FLAG,),

@@ -114,8 +114,9 @@ def base_config() -> ml_collections.ConfigDict:
     # "float32" or "bfloat16": the compute dtype; parameters are float32.
     config.model.dtype = "float32"
     # What of each block the backward pass computes again in place of keeping it, for less memory
-    # and mostly more time: "none", "mlp", "products" or "block" (see `models.stages.REMAT`).
-    config.model.remat = "none"
+    # and mostly more time: "none", "mlp", "products" or "block" (see `models.stages.REMAT`), or
+    # "auto": "mlp" on TPUs, where it is estimated to be the fastest, and elsewhere "none".
+    config.model.remat = "auto"
     # Blocks in each round of a loop over those of a stage, which compiles sooner and runs slower;
     # 0 writes all blocks out.
     config.model.scan = 0

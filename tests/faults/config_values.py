@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from metaformer_jax import models
 from metaformer_jax.data import augment
-from metaformer_jax.models.stages import REMAT
+from metaformer_jax.models.stages import AUTO, REMAT
 from metaformer_jax.training import recipes
 from metaformer_jax.training.settings import flatten
 
@@ -76,7 +76,7 @@ VALID = {
     "model.drop_path_rate": BELOW_ONE,
     "model.head_dropout": BELOW_ONE,
     "model.dtype": st.sampled_from(["float32", "bfloat16"]),
-    "model.remat": st.sampled_from(REMAT),
+    "model.remat": st.sampled_from((AUTO, *REMAT)),
     "model.scan": st.integers(0, 256),
     "model.pretrained": TEXT,
     "model.fresh_head": FLAGS,
@@ -191,7 +191,7 @@ INVALID = {
     "model.drop_path_rate": NO_BELOW_ONE,
     "model.head_dropout": NO_BELOW_ONE,
     "model.dtype": no_choice("float32", "bfloat16"),
-    "model.remat": no_choice(*REMAT),
+    "model.remat": no_choice(AUTO, *REMAT),
     "model.scan": NO_WHOLE | HUGE | st.integers(max_value=-1) | st.just(257),
     "model.pretrained": NO_TEXT,
     "model.fresh_head": NO_FLAG | st.just(True),
