@@ -20,6 +20,7 @@ from metaformer_jax.models import (
     image_layer_norm,
 )
 from metaformer_jax.models.lanes import compiled_for
+from metaformer_jax.models.stages import run_blocks
 
 # Kernels of 3x3 compile in a fraction of the time of 7x7.
 SPEC = MetaFormerSpec(
@@ -233,22 +234,28 @@ def test_specs_that_contradict_themselves_are_refused(fields, message):
         MetaFormerSpec(**{"res_scale_init": (None, None), **valid, **fields})
 
 
-def test_rows_side_by_side_change_nothing():
-    block = MetaFormerBlock(
-        2,
-        token_mixer=SepConv,
-        norm=image_layer_norm,
-        resolution=(28, 28),
-        drop_path_rate=0.5,
-        res_scale_init=0.9,
-        rngs=nnx.Rngs(0),
+@pytest.mark.parametrize(("remat", "scan"), [("none", 0), ("mlp", 0), ("block", 1)])
+def test_rows_side_by_side_change_nothing(remat, scan):
+    blocks = nnx.List(
+        MetaFormerBlock(
+            2,
+            token_mixer=functools.partial(SepConv, kernel_size=3),
+            norm=image_layer_norm,
+            resolution=(28, 28),
+            drop_path_rate=0.5,
+            res_scale_init=0.9,
+            rngs=nnx.Rngs(seed),
+        )
+        for seed in range(2)
     )
     x = jax.random.normal(jax.random.key(0), (16, 28, 28, 2))
     keys = jax.random.split(jax.random.key(1), len(x))
-    graphdef, params, rest = nnx.split(block, nnx.Param, ...)
+    graphdef, params, rest = nnx.split(blocks, nnx.Param, ...)
 
     def loss(params, x):
-        return jnp.sum(jnp.sin(nnx.merge(graphdef, params, rest)(x, rngs=ImageKeys(keys))))
+        blocks = nnx.merge(graphdef, params, rest)
+        x = run_blocks(blocks, x, rngs=ImageKeys(keys), remat=remat, scan=scan)
+        return jnp.sum(jnp.sin(x))
 
     def value_and_gradients():
         traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, x)
