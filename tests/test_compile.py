@@ -56,6 +56,7 @@ def test_the_program_compiles_for_this_machine_without_a_workdir(tmp_path):
     (figures,) = json.loads(output.read_text())
     assert figures["batch_size"] == 64
     assert figures["num_devices"] == 8
+    assert figures["remat"] == "none"
     assert figures["memory_total"] > 64 * 32 * 32 / 8
     assert figures["flops"] > 0
     # 1,442 images in batches of 64, over 15 epochs.
@@ -155,6 +156,9 @@ def test_a_step_is_compiled_for_tpus_and_scales():
     one, four = estimates
     assert (one.num_devices, four.num_devices) == (1, 4)
     assert one.device_kind == "TPU v5 lite"
+    # What the config leaves to the platform.
+    assert one.remat == "mlp"
+    assert "remat mlp" in text.getvalue()
     assert one.fits
     # The same work on each; what four add is small, and so is this model.
     assert one.cycles == pytest.approx(four.cycles, rel=0.3)

@@ -1,5 +1,6 @@
 """The models: specification, mixers, published variants. Knows jax and flax only."""
 
+from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.class_names import imagenet_class_names, imagenet_synsets
 from metaformer_jax.models.count import Counts, count
 from metaformer_jax.models.jit import compiler_options, jit_inference
@@ -13,12 +14,7 @@ from metaformer_jax.models.layers import (
     image_layer_norm,
     layer_norm,
 )
-from metaformer_jax.models.metaformer import (
-    ConvGeometry,
-    MetaFormer,
-    MetaFormerBlock,
-    MetaFormerSpec,
-)
+from metaformer_jax.models.metaformer import ConvGeometry, MetaFormer, MetaFormerSpec
 from metaformer_jax.models.mixers import (
     Attention,
     IdentityMixing,

@@ -1,4 +1,4 @@
-"""MetaFormer: a specification, the block, and the model (section 2 of the publication)."""
+"""MetaFormer: a specification, and the model of it (section 2 of the publication)."""
 
 import dataclasses
 import itertools
@@ -10,19 +10,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.layers import (
     Downsampling,
-    DropPath,
     HeadFn,
     ImageKeys,
     LinearHead,
-    Mlp,
     NormFn,
-    ResScale,
     layer_norm,
 )
-from metaformer_jax.models.mixers import SepConv, TokenMixerFn
-from metaformer_jax.models.normalization import LayerNorm
+from metaformer_jax.models.mixers import TokenMixerFn
 from metaformer_jax.models.stages import remat_here, remat_name, run_blocks
 
 
@@ -118,101 +115,6 @@ class MetaFormerSpec:
                 )
             resolutions.append(size)
         return resolutions
-
-
-class MetaFormerBlock(nnx.Module):
-    """Token mixer and MLP, each normalised, dropped by sample and added to its shortcut."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        token_mixer: TokenMixerFn,
-        norm: NormFn,
-        resolution: tuple[int, int],
-        mlp_ratio: float = 4,
-        drop_path_rate: float = 0.0,
-        res_scale_init: float | None = None,
-        dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        def drop_path() -> DropPath | None:
-            return DropPath(drop_path_rate, rngs=rngs) if drop_path_rate > 0 else None
-
-        def res_scale() -> ResScale | None:
-            if res_scale_init is None:
-                return None
-            return ResScale(dim, init_value=res_scale_init, rngs=rngs)
-
-        self.norm1 = norm(dim, dtype=dtype, rngs=rngs)
-        self.token_mixer = token_mixer(dim, resolution=resolution, dtype=dtype, rngs=rngs)
-        self.drop_path1 = nnx.data(drop_path())
-        self.res_scale1 = nnx.data(res_scale())
-        self.norm2 = norm(dim, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(dim, expansion_ratio=mlp_ratio, dtype=dtype, rngs=rngs)
-        self.drop_path2 = nnx.data(drop_path())
-        self.res_scale2 = nnx.data(res_scale())
-
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        *,
-        rngs: nnx.Rngs | ImageKeys | None = None,
-        width: int | None = None,
-    ) -> Float[Array, "b h w c"]:
-        """What the block makes of its input.
-
-        Args:
-            x: a stage's images, or as `fold` gives them.
-            rngs: as of the model.
-            width: of the images, where `x` has several of their rows side by side.
-        """
-        return self.transform_channels(self.mix_tokens(x, rngs=rngs, width=width), rngs=rngs)
-
-    def fold(self, x: Float[Array, "b h w c"]) -> Float[Array, "b g rw c"]:
-        """`x`, with rows side by side where the mixer works on such (`SepConv.fold`)."""
-        return self.token_mixer.fold(x) if isinstance(self.token_mixer, SepConv) else x
-
-    def mix_tokens(
-        self,
-        x: Float[Array, "b h w c"],
-        *,
-        rngs: nnx.Rngs | ImageKeys | None = None,
-        width: int | None = None,
-    ) -> Float[Array, "b h w c"]:
-        """The first half, with the token mixer."""
-        x, normalized = _beside(self.norm1, x)
-        images = normalized.reshape(x.shape[0], -1, width or x.shape[2], x.shape[3])
-        branch = self.token_mixer(images).reshape(x.shape)
-        return _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
-
-    def transform_channels(
-        self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
-    ) -> Float[Array, "b h w c"]:
-        """The second half, with the MLP."""
-        x, normalized = _beside(self.norm2, x)
-        branch = self.mlp(normalized)
-        return _add_branch(x, branch, self.drop_path2, self.res_scale2, rngs)
-
-
-def _beside(norm: Any, x: Array) -> tuple[Array, Array]:
-    """`x`, and what this norm makes of it."""
-    # One that inherits may compute something else.
-    return norm.beside(x) if type(norm) is LayerNorm else (x, norm(x))
-
-
-def _add_branch(
-    x: Array,
-    branch: Array,
-    drop_path: DropPath | None,
-    res_scale: ResScale | None,
-    rngs: nnx.Rngs | ImageKeys | None,
-) -> Array:
-    if drop_path is not None:
-        branch = drop_path(branch, rngs=rngs)
-    if res_scale is not None:
-        x = res_scale(x)
-    return x + branch
 
 
 class MetaFormer(nnx.Module):

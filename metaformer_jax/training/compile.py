@@ -17,6 +17,8 @@ from rich.console import Console
 
 from metaformer_jax import models
 from metaformer_jax.data.sources import Source
+from metaformer_jax.models.lanes import compiled_for
+from metaformer_jax.models.stages import remat_here
 from metaformer_jax.training import compile_tables, devices, hlo, sharding
 from metaformer_jax.training.described import described_sources
 from metaformer_jax.training.memory import Memory, largest_that_fits, memory_of
@@ -40,6 +42,7 @@ class Estimate:
         num_devices: of the mesh.
         mesh: devices along each axis.
         batch_size: images of a step, on all devices.
+        remat: what the backward pass computes anew, as it was compiled.
         trace_seconds: from Python to the compiler's input.
         compile_seconds: of the compiler.
         compile_cpu_seconds: of all its threads, which other work on the machine does not change.
@@ -66,6 +69,7 @@ class Estimate:
     num_devices: int
     mesh: dict[str, int]
     batch_size: int
+    remat: str
     trace_seconds: float
     compile_seconds: float
     compile_cpu_seconds: float
@@ -260,12 +264,15 @@ def _estimate(
         hours = run.total_steps * step_seconds / 3600
         if peak := devices.peak_flops(device.device_kind):
             utilization = model_flops / step_seconds / peak
+    with compiled_for(device.platform):
+        remat = remat_here(run.config.model.remat)
     return Estimate(
         topology=name,
         device_kind=device.device_kind,
         num_devices=mesh.size,
         mesh=dict(mesh.shape),
         batch_size=run.config.batch_size,
+        remat=remat,
         trace_seconds=compiled.trace_seconds,
         compile_seconds=compiled.compile_seconds,
         compile_cpu_seconds=compiled.compile_cpu_seconds,

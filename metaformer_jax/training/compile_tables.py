@@ -10,8 +10,6 @@ import ml_collections
 from rich import box
 from rich.table import Table
 
-from metaformer_jax.models.lanes import compiled_for
-from metaformer_jax.models.stages import remat_here
 from metaformer_jax.training import devices, hlo
 
 if TYPE_CHECKING:
@@ -102,9 +100,7 @@ def _rows(estimate: Estimate, config: ml_collections.ConfigDict) -> Iterator[tup
     parts = f" in {config.accumulation_steps} parts" if config.accumulation_steps > 1 else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in estimate.mesh.items())
     yield "batch", f"{estimate.batch_size:,}, {per_device:g} on each device{parts} ({mesh})"
-    with compiled_for("tpu" if estimate.device_kind.startswith("TPU") else "cpu"):
-        remat = remat_here(config.model.remat)
-    remat = "" if remat == "none" else f", remat {remat}"
+    remat = "" if estimate.remat == "none" else f", remat {estimate.remat}"
     scan = f", {config.model.scan} blocks a round" if config.model.scan else ""
     yield "step", f"{config.optimizer.name}, {config.model.dtype}{remat}{scan}"
     yield (
