@@ -12,14 +12,14 @@ from metaformer_jax.models import (
     attention,
     depthwise,
     depthwise_triton,
-    metaformer,
     normalization_triton,
     star_relu,
     triton,
     without_kernels,
 )
+from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.layers import Mlp
-from metaformer_jax.models.mixers import SepConv
+from metaformer_jax.models.mixers import IdentityMixing, SepConv
 from metaformer_jax.models.normalization import LayerNorm, _normalize
 
 # Image and kernel: whole strips, strips that reach beyond a row, odd numbers of rows and channels.
@@ -288,9 +288,15 @@ def test_a_norm_that_inherits_is_asked_itself():
         def __call__(self, x):
             return 2 * super().__call__(x)
 
-    norm = Doubled(3, use_bias=False, rngs=nnx.Rngs(0))
+    block = MetaFormerBlock(
+        3,
+        token_mixer=IdentityMixing,
+        norm=functools.partial(Doubled, use_bias=False),
+        resolution=(2, 2),
+        rngs=nnx.Rngs(0),
+    )
     x = _normal(0, (1, 2, 2, 3))
-    np.testing.assert_array_equal(metaformer._beside(norm, x)[1], norm(x))
+    np.testing.assert_array_equal(block.mix_tokens(x), x + block.norm1(x))
 
 
 def test_what_cudnn_gives_may_be_differentiated(has_gpu, monkeypatch):
