@@ -198,7 +198,7 @@ def _declare_torchvision_operators(torch):
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declare_torchvision_operators.library = library
+        _declare_torchvision_operators.library = library  # type: ignore[attr-defined]
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
 

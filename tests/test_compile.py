@@ -141,7 +141,9 @@ def test_clocks_agree_with_the_peaks_of_the_data_sheets():
 @needs_libtpu
 @pytest.mark.slow
 def test_a_step_is_compiled_for_tpus_and_scales():
-    platforms, cache = jax.config.jax_platforms, jax.config.jax_enable_compilation_cache
+    changed = {
+        name: jax.config.values[name] for name in ("jax_platforms", "jax_enable_compilation_cache")
+    }
     text = io.StringIO()
     try:
         estimates = compile_training(
@@ -151,8 +153,8 @@ def test_a_step_is_compiled_for_tpus_and_scales():
             console=Console(file=text, width=80),
         )
     finally:
-        jax.config.update("jax_platforms", platforms)
-        jax.config.update("jax_enable_compilation_cache", cache)
+        for name, value in changed.items():
+            jax.config.update(name, value)
     one, four = estimates
     assert (one.num_devices, four.num_devices) == (1, 4)
     assert one.device_kind == "TPU v5 lite"

@@ -38,7 +38,8 @@ def test_every_plain_model_is_named_in_its_familys_colour():
     (line,) = [line for line in by_macs.lines if tuple(line.get_ydata()) == (83, 84.1, 84.5, 84.8)]
     named = [text for text in by_macs.texts if same_color(text.get_color(), line.get_color())]
     assert [text.get_text() for text in named] == ["s18", "s36", "m36", "b36"]
-    assert [text.xy for text in named] == list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    places = [text.xy for text in named]  # type: ignore[attr-defined]
+    assert places == list(zip(line.get_xdata(), line.get_ydata(), strict=True))
 
 
 def test_one_command_draws_it(tmp_path, capsys):

@@ -218,7 +218,7 @@ def test_a_pytorch_file_whose_members_are_one_is_not_read_again_and_again():
             for field in ("header_offset", "file_size", "compress_size", "CRC"):
                 setattr(again, field, getattr(whole, field))
             file.filelist.append(again)
-        file._didModify = True
+        file._didModify = True  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match="overlap"):
         files.read_tensors("once.pth")
 
@@ -245,7 +245,7 @@ def test_a_tensor_marked_as_a_folder_is_refused():
     write_zip("a.pth", tensor_of((4, 4), (4, 1), 16))
     with zipfile.ZipFile("a.pth", "a") as file:
         file.getinfo("archive/data/0").external_attr |= 0x10
-        file._didModify = True
+        file._didModify = True  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match="is marked as a folder"):
         files.read_tensors("a.pth")
 
