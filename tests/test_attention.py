@@ -45,6 +45,23 @@ def test_values_and_gradients_are_those_of_jax(shape):
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=2e-6)
 
 
+def test_parts_of_a_batch_give_what_the_whole_gives(monkeypatch):
+    *arguments, cotangent = _arrays((5, 9, 3, 8))
+    num_pairs = 2 * 3 * 5 * 9
+
+    def attended(many_pairs):
+        monkeypatch.setattr(attention, "_MANY_PAIRS", many_pairs)
+        # Not the function itself, of which JAX remembers what it was.
+        attend = functools.partial(lambda *arrays: dot_product_attention(*arrays))
+        num_products = jax.jit(attend).lower(*arguments).as_text().count("dot_general")
+        return num_products, _value_and_gradients(attend, arguments, cotangent)
+
+    (of_whole, expected), (of_parts, actual) = attended(num_pairs + 1), attended(num_pairs)
+    assert (of_whole, of_parts) == (2, 4)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, actual, expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_all_platforms_compute_the_same(shape, dtype):

@@ -1,6 +1,8 @@
 """Attention whose backward pass keeps, per pair of tokens, at most one number in its dtype."""
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +13,10 @@ from jaxtyping import Array, Float
 from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.schedule import run_after
 from metaformer_jax.models.triton import differentiated_as, has_kernels
+
+# Pairs of tokens, those of all heads and images, from which on CPUs attend to parts of a batch.
+_MANY_PAIRS = 2**20
+_MOST_PARTS = 4
 
 
 def dot_product_attention(
@@ -39,7 +45,7 @@ def _forward(
         query,
         key,
         value,
-        cpu=_attend_by_head,
+        cpu=_in_parts(_attend_by_head),
         cuda=_attend_by_cudnn if by_cudnn else _attend,
         default=_attend,
     )
@@ -52,7 +58,7 @@ def _backward(
     return lax.platform_dependent(
         *residuals,
         cotangent,
-        cpu=_gradients_by_head,
+        cpu=_in_parts(_gradients_by_head),
         cuda=_gradients_by_cudnn if by_cudnn else _gradients,
         default=_gradients,
     )
@@ -138,6 +144,27 @@ def _gradients_by_cudnn(
         return jax.vjp(_cudnn_attention, query, key, value)[1](cotangent)
 
     return differentiated_as(plain, kernel)(query, key, value, cotangent)
+
+
+def _in_parts(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
+    """The same for each part of a large batch, and the results put together.
+
+    XLA for CPUs gives all heads' products of two small matrices to one core; those of other parts
+    wait for nothing, and other cores take them.
+    """
+
+    def run(query: Array, key: Array, *others: Array) -> tuple[Array, ...]:
+        (b, t, n, _), s = query.shape, key.shape[1]
+        # Of an exported program any of these may be unknown.
+        is_known = all(isinstance(size, int) for size in (b, t, n, s))
+        if not is_known or b * n * t * s < _MANY_PAIRS:
+            return function(query, key, *others)
+        num_parts = math.gcd(b, _MOST_PARTS)
+        parts = zip(*(jnp.split(x, num_parts) for x in (query, key, *others)), strict=True)
+        results = zip(*(function(*part) for part in parts), strict=True)
+        return tuple(jnp.concatenate(parts_of_one) for parts_of_one in results)
+
+    return run
 
 
 def _attend_by_head(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
