@@ -35,21 +35,33 @@ def dot_product_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot_product_attention(by_cudnn: bool, query: Array, key: Array, value: Array) -> Array:
-    return _forward(by_cudnn, query, key, value)[0]
+    # Where nothing of it is kept, XLA for CPUs makes one operation of it, which all cores share.
+    return _attend_here(_attend_by_head, by_cudnn, query, key, value)[2]
 
 
 def _forward(
     by_cudnn: bool, query: Array, key: Array, value: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    kept, totals, mixed = lax.platform_dependent(
+    by_head = _in_parts(_attend_by_head)
+    kept, totals, mixed = _attend_here(by_head, by_cudnn, query, key, value)
+    return mixed, (query, key, value, kept, totals, mixed)
+
+
+def _attend_here(
+    by_head: Callable[..., tuple[Array, ...]],
+    by_cudnn: bool,
+    query: Array,
+    key: Array,
+    value: Array,
+) -> tuple[Array, ...]:
+    return lax.platform_dependent(
         query,
         key,
         value,
-        cpu=_in_parts(_attend_by_head),
+        cpu=by_head,
         cuda=_attend_by_cudnn if by_cudnn else _attend,
         default=_attend,
     )
-    return mixed, (query, key, value, kept, totals, mixed)
 
 
 def _backward(
