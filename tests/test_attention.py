@@ -53,16 +53,20 @@ def test_parts_of_a_batch_give_what_the_whole_gives(monkeypatch):
         monkeypatch.setattr(attention, "_MANY_PAIRS", many_pairs)
         # Not the function itself, of which JAX remembers what it was.
         attend = functools.partial(lambda *arrays: dot_product_attention(*arrays))
+        programs = (
+            attend,
+            lambda *arrays: jax.vjp(attend, *arrays)[0],
+            lambda *arrays: jax.vjp(attend, *arrays)[1](cotangent),
+        )
         num_products = [
-            jax.jit(function).lower(*arguments).as_text().count("dot_general")
-            for function in (attend, lambda *arrays: jax.vjp(attend, *arrays)[0])
+            jax.jit(program).lower(*arguments).as_text().count("dot_general")
+            for program in programs
         ]
         return num_products, _value_and_gradients(attend, arguments, cotangent)
 
     (of_whole, expected), (of_parts, actual) = attended(num_pairs + 1), attended(num_pairs)
-    assert of_whole == [2, 2]
-    # Only where it is differentiated.
-    assert of_parts == [2, 4]
+    # Only where it is differentiated: there both passes.
+    assert of_parts == [of_whole[0], 2 * of_whole[1], 2 * of_whole[2]]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
     jax.tree.map(close, actual, expected)
 
