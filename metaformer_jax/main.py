@@ -55,7 +55,7 @@ _COMPILATION_CACHE = flags.DEFINE_bool(
     "compilation_cache",
     True,
     "Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, or in compiled/ of the folder that "
-    "weights are cached in.",
+    "weights are cached in; trainings in several processes in that of their workdir.",
 )
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
     "accept_config_changes", False, "Continue a run though its config was another."

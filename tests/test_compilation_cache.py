@@ -6,21 +6,30 @@ import pytest
 
 # A program that takes long enough to compile, and what of it came from the cache.
 PROGRAM = """
-import jax, jax.numpy as jnp
-from metaformer_jax.training.compilation_cache import keep_compiled_programs
+import pathlib, jax, jax.numpy as jnp
+from metaformer_jax.training.compilation_cache import *
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
 folder = keep_compiled_programs(enabled={enabled})
+{then}
 jax.jit(lambda x: jnp.linalg.svd(jnp.sin(x) @ x.T)[1].sum())(jnp.ones((8, 4)))
-print(folder, sum(name.endswith("cache_hits") for name in events) > 0)
+hits = [name.rpartition("/")[-1] for name in events].count("cache_hits")
+print(folder, hits > 0)
+"""
+# One of two processes, each on a host of its own, that has compiled something before.
+AS_ONE_OF_TWO = """
+jax.jit(jnp.sin)(1.0)
+jax.process_count, jax.process_index = lambda: 2, lambda: {index}
+share_compiled_programs(pathlib.Path({shared!r}))
+events.clear()
 """
 
 
-def _run(environment, *, enabled=True):
+def _run(environment, *, enabled=True, then=""):
     inherited = {name: value for name, value in os.environ.items() if "CACHE" not in name}
     environment = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment}
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(enabled=enabled)],
+        [sys.executable, "-W", "error", "-c", PROGRAM.format(enabled=enabled, then=then)],
         env=inherited | environment,
         capture_output=True,
         text=True,
@@ -30,10 +39,34 @@ def _run(environment, *, enabled=True):
     return folder, hit == "True"
 
 
-def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+def test_a_second_process_finds_what_the_first_compiled_unless_it_was_killed_in_writing(tmp_path):
     environment = {"METAFORMER_JAX_CACHE": str(tmp_path)}
     assert _run(environment) == (str(tmp_path / "compiled"), False)
     assert _run(environment) == (str(tmp_path / "compiled"), True)
+    entries = sorted(tmp_path.glob("compiled/*-cache"))
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:100])
+        entry.with_name(entry.name.removesuffix("-cache") + "-atime").unlink()
+    assert not _run(environment)[1]
+    assert _run(environment)[1]
+    assert sorted(tmp_path.glob("compiled/*-cache")) == entries
+
+
+def test_without_a_limit_of_bytes_nothing_is_taken_for_half_written(tmp_path):
+    environment = {"METAFORMER_JAX_CACHE": str(tmp_path), "JAX_COMPILATION_CACHE_MAX_SIZE": "-1"}
+    assert not _run(environment)[1]
+    assert _run(environment)[1]
+
+
+def test_all_processes_of_a_run_find_what_the_first_compiled(tmp_path):
+    shared = tmp_path / "workdir/compiled"
+
+    def run(index):
+        host = {"METAFORMER_JAX_CACHE": str(tmp_path / f"host-{index}")}
+        then = AS_ONE_OF_TWO.format(index=index, shared=str(shared))
+        return _run(host, then=then)[1]
+
+    assert [run(0), run(1), run(0)] == [False, True, True]
 
 
 def test_the_users_folder_comes_first_and_the_cache_can_be_turned_off(tmp_path):
@@ -41,9 +74,11 @@ def test_the_users_folder_comes_first_and_the_cache_can_be_turned_off(tmp_path):
         "METAFORMER_JAX_CACHE": str(tmp_path / "ours"),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "theirs"),
     }
-    assert _run(environment) == (str(tmp_path / "theirs"), False)
-    assert _run(environment, enabled=False) == ("None", False)
+    then = AS_ONE_OF_TWO.format(index=0, shared=str(tmp_path / "shared"))
+    assert _run(environment, then=then) == (str(tmp_path / "theirs"), False)
+    assert _run(environment, enabled=False, then=then) == ("None", False)
     assert not (tmp_path / "ours").exists()
+    assert not (tmp_path / "shared").exists()
 
 
 @pytest.mark.parametrize("name", ["file", "file/within"])

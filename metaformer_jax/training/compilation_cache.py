@@ -4,7 +4,9 @@ import os
 import pathlib
 import tempfile
 
+import filelock
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from metaformer_jax.weights.hub import cache_folder
 
@@ -12,6 +14,8 @@ from metaformer_jax.weights.hub import cache_folder
 _MAX_BYTES = 4 * 2**30
 # Programs that compile faster are not worth a file.
 _MIN_SECONDS = 0.3
+# Of those who read and write there; JAX waits as long.
+_LOCK_SECONDS = 10
 
 
 def keep_compiled_programs(*, enabled: bool = True) -> pathlib.Path | None:
@@ -31,20 +35,73 @@ def keep_compiled_programs(*, enabled: bool = True) -> pathlib.Path | None:
         return None
     if chosen := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return pathlib.Path(chosen)
-    folder = cache_folder() / "compiled"
+    folder = _default_folder()
+    if not _can_be_written(folder):
+        return None
+    _set_unless_chosen("jax_compilation_cache_max_size", _MAX_BYTES)
+    _set_unless_chosen("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    _remove_unfinished(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
+
+
+def share_compiled_programs(folder: pathlib.Path) -> None:
+    """Moves what `keep_compiled_programs` turned on to where all processes of a run see it.
+
+    Of several processes JAX lets the first alone write what it compiles. The others, on hosts of
+    their own, would look for it in folders that stay empty, and compile at every start. Alone, or
+    where the user chose, nothing is changed.
+
+    Args:
+        folder: seen by all processes of the run.
+    """
+    is_default = jax.config.values["jax_compilation_cache_dir"] == str(_default_folder())
+    if jax.process_count() == 1 or not is_default:
+        return
+    if jax.process_index() == 0:
+        if not _can_be_written(folder):
+            return
+        _remove_unfinished(folder)
+    else:
+        # Those who only read delete nothing, and need not wait for each other.
+        _set_unless_chosen("jax_compilation_cache_max_size", -1)
+    compilation_cache.reset_cache()
+    compilation_cache.set_cache_dir(str(folder))
+
+
+def _default_folder() -> pathlib.Path:
+    return cache_folder() / "compiled"
+
+
+def _can_be_written(folder: pathlib.Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Permissions alone do not tell of a disk that is full or read-only.
         with tempfile.TemporaryFile(dir=folder):
-            pass
+            return True
     except OSError:
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    limits = {
-        "jax_compilation_cache_max_size": _MAX_BYTES,
-        "jax_persistent_cache_min_compile_time_secs": _MIN_SECONDS,
-    }
-    for name, value in limits.items():
-        if name.upper() not in os.environ:
-            jax.config.update(name, value)
-    return folder
+        return False
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes what a process that was killed had begun to write.
+
+    JAX can neither read it nor writes it again, nor anything else once it counts the folder's
+    bytes. Where these have a limit, a second file, written after the program's, tells of its last
+    use; what has none was not finished.
+    """
+    if jax.config.values["jax_compilation_cache_max_size"] == -1:
+        return
+    try:
+        with filelock.FileLock(folder / ".lockfile", timeout=_LOCK_SECONDS):
+            for entry in folder.glob("*-cache"):
+                if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+                    entry.unlink()
+    except (filelock.Timeout, OSError, NotImplementedError):
+        # JAX will have no better luck with the lock or the files, and says so.
+        pass
+
+
+def _set_unless_chosen(name: str, value: float) -> None:
+    if name.upper() not in os.environ:
+        jax.config.update(name, value)

@@ -19,6 +19,7 @@ from metaformer_jax import models
 from metaformer_jax.training import settings
 from metaformer_jax.training.checkpoint import Checkpoints, set_aside_damaged
 from metaformer_jax.training.claim import claimed_workdir
+from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.evaluation import (
     Evaluation,
@@ -53,7 +54,8 @@ def train(
     """Trains what the config describes, or continues where the workdir's last checkpoint stands.
 
     The workdir holds `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/`, `curves.png`
-    and `misclassified.png`. Of several processes, which all must see it, the first one writes.
+    and `misclassified.png`. Of several processes, which all must see it, the first one writes, and
+    keeps their compiled programs in `compiled/`.
 
     Returns:
         The evaluation of the last parameters, or of their moving average where there is one.
@@ -83,6 +85,7 @@ def train(
         if is_first_process():
             for sentence in set_aside_damaged(directory):
                 console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
+        share_compiled_programs(workdir / "compiled")
         multihost_utils.sync_global_devices("workdir claimed")
         with Checkpoints(directory, keep=config.checkpoint.keep) as checkpoints:
             evaluation = _Training(run, workdir, checkpoints, preemption, console).finish(variables)
