@@ -4,6 +4,7 @@ import pathlib
 import time
 import uuid
 
+import filelock
 import leftovers
 import pytest
 import runs
@@ -60,8 +61,15 @@ def nothing_is_left_behind(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """The workdir of a finished run that nothing happened to."""
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    runs.finish(runs.start(workdir, tamper={"note": str(workdir / "examples.jsonl")}))
+def undisturbed(tmp_path_factory, worker_id):
+    """The workdir of a finished run that nothing happened to, one for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        root = root.parent
+    workdir, finished = root / "undisturbed", root / "undisturbed finished"
+    with filelock.FileLock(root / "undisturbed lock"):
+        if not finished.exists():
+            runs.finish(runs.start(workdir, tamper={"note": str(root / "examples.jsonl")}))
+            (root / "examples.jsonl").rename(workdir / "examples.jsonl")
+            finished.touch()
     return workdir

@@ -20,25 +20,25 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 # Of the smallest network, with all that draws random numbers or keeps a state. It is compiled once
 # for all tests: 135 steps on digits, with six checkpoints.
 ARGUMENTS = {
-    "epochs": 12,
-    "batch_size": 128,
+    "epochs": 6,
+    "batch_size": 64,
     "log_every_steps": 2,
     "model.family": "poolformerv2",
     "model.depths": "(1,1,1,1)",
     "model.dims": "(8,16,16,16)",
     "model.drop_path_rate": 0.3,
-    "optimizer.warmup_epochs": 0.5,
+    "optimizer.warmup_epochs": 0.25,
     # The pooling of a single token is nothing, and so is the gradient of the norm before it. By the
     # usual 1e-8 Adam would make whole steps of what rounding leaves of it.
     "optimizer.eps": 1e-4,
     "ema.decay": 0.9,
     "accumulation_steps": 2,
     "mixing.mixup_alpha": 0.8,
-    "mixing.group_size": 8,
+    "mixing.group_size": 4,
     "erasing_probability": 0.25,
     "mesh.fsdp": 2,
-    "checkpoint.every_epochs": 2,
-    "eval_every_epochs": 2,
+    "checkpoint.every_epochs": 1,
+    "eval_every_epochs": 1,
 }
 LAST_STEP = 135
 
@@ -155,7 +155,7 @@ def start_two(workdir, *flags, num_devices=2, tampers=(None, None), **kwargs):
             workdir,
             *(*together, f"--process_id={index}", *flags),
             num_devices=num_devices,
-            tamper=tamper,
+            tamper={"keep": True} | (tamper or {}),
             # By default the first process would listen on every network.
             JAX_COORDINATOR_BIND_ADDRESS=address,
             **kwargs,

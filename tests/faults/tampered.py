@@ -5,6 +5,7 @@
 {"damage": [3, "/path", 100]}     in the third step a file is cut to 100 bytes, a folder removed
 {"note": "/path/indices.jsonl"}   writes down which examples each step trains on
 {"poison": true}                  an image of one colour is not finite on the device
+{"keep": true}                    keeps what it compiles, though it is not the first process
 """
 
 import json
@@ -196,7 +197,23 @@ def _poison_plain_images():
     DeviceTransform.training = training
 
 
-def _tamper(die=None, by="SIGKILL", damage=None, note=None, poison=False):
+def _keep_what_is_compiled():
+    # JAX lets the first process alone write, but on CPUs each looks for names of its own.
+    from jax._src import compiler, distributed
+
+    original, process = compiler._cache_write, distributed.global_state
+
+    def write(*args):
+        me, process.process_id = process.process_id, 0
+        try:
+            original(*args)
+        finally:
+            process.process_id = me
+
+    compiler._cache_write = write
+
+
+def _tamper(die=None, by="SIGKILL", damage=None, note=None, poison=False, keep=False):
     if die:
         global _signal
         _signal = signal.Signals[by]
@@ -208,6 +225,8 @@ def _tamper(die=None, by="SIGKILL", damage=None, note=None, poison=False):
         _note_examples(note)
     if poison:
         _poison_plain_images()
+    if keep:
+        _keep_what_is_compiled()
 
 
 # Workers load this file as well, and are to do as they always do.

@@ -10,7 +10,7 @@ import runs
 
 from metaformer_jax.training.exit_codes import TRAINING_FAILED
 
-ARGUMENTS = runs.ARGUMENTS | {"checkpoint.every_epochs": 0.5, "eval_every_epochs": 0.5}
+ARGUMENTS = runs.ARGUMENTS | {"checkpoint.every_epochs": 0.25, "eval_every_epochs": 0.25}
 # Of each moment so many kills; a run of 24 checkpoints is not finished before all are done.
 KILLS = {
     "start": 2,
