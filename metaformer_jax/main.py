@@ -133,6 +133,12 @@ def main(argv: list[str]) -> None:
     from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
 
+    if "://" in (_WORKDIR.value or ""):
+        _exit_with(
+            f"`--workdir` must be a folder, got {_WORKDIR.value!r}. Mount the bucket, with gcsfuse "
+            "or the like, and name a folder in it.",
+            USAGE_ERROR,
+        )
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
     keep_compiled_programs(enabled=_COMPILATION_CACHE.value and not _TOPOLOGY.value)
     try:

@@ -135,6 +135,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["there.json"]
 
 
+@pytest.mark.parametrize("platforms", [["gpu"], ["cpu", ""], []])
+def test_an_unknown_platform_is_refused(platforms):
+    pytest.importorskip("flatbuffers", reason=NO_FLATBUFFERS)
+    with pytest.raises(ValueError, match="`platforms` must be some of cpu, cuda, rocm and tpu"):
+        artefacts.export_stablehlo(None, platforms=platforms)
+
+
 @pytest.mark.parametrize(
     ("module", "extra", "suffix"),
     [("flatbuffers", "export", "stablehlo"), ("jax2onnx", "onnx", "onnx")],

@@ -49,6 +49,13 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_pat
     assert not workdir.exists()
 
 
+def test_a_bucket_is_no_workdir():
+    result = _main(DIGITS, "--workdir=gs://bucket/run")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: `--workdir` must be a folder, got 'gs://bucket/run'.")
+    assert not pathlib.Path("gs:").exists()
+
+
 def test_training_from_the_command_line_with_overrides(tmp_path):
     arguments = [DIGITS, f"--workdir={tmp_path}", "--config.model.family=identityformer"]
     arguments += ["--config.epochs=0.2", "--config.optimizer.warmup_epochs=0"]

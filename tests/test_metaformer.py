@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import metaformer_jax
 from metaformer_jax.models import (
     FAMILIES,
     Attention,
@@ -270,3 +271,31 @@ def test_rows_side_by_side_change_nothing(remat, scan):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, expected
     )
+
+
+def test_an_image_that_is_not_finite_spoils_its_own_gradient_alone(images):
+    model = _model()
+    spoilt = jnp.asarray(images).at[0, 0, 0].set(jnp.nan)
+    gradient = jax.grad(lambda images: model(images).sum())(spoilt)
+    assert jnp.isnan(gradient[0]).any()
+    np.testing.assert_allclose(
+        gradient[1:], jax.grad(lambda images: model(images).sum())(images)[1:], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_no_images_are_a_batch(images):
+    model = _model()
+    assert model(images[:0]).shape == (0, model.num_classes)
+    assert jax.grad(lambda images: model(images).sum())(images[:0]).shape == images[:0].shape
+
+
+def test_evaluation_needs_no_stream_of_masks(images):
+    model = _model(drop_path_rate=0.5, remat="mlp")
+    model.eval()
+    np.testing.assert_array_equal(model(images, rngs=nnx.Rngs(params=0)), model(images))
+
+
+def test_parameters_are_float32_whatever_jax_makes_of_numbers():
+    with jax.enable_x64(True):
+        models = [_model(), metaformer_jax.create_model("randformer_s12", rngs=nnx.Rngs(0))]
+        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(models))} == {np.dtype("float32")}

@@ -42,6 +42,16 @@ def test_captions_name_what_an_image_shows_and_no_more_than_fits():
     assert captions == ["golden retriever... 70%\ncat 30%", "golden retriever... 90%"]
 
 
+def test_any_name_is_written_as_it_is():
+    names = ["$a_b_c$", "$5 and $10 bills", "caf\udce9"]
+    figure = pictures.batch_figure(np.zeros((3, 4, 4, 1)), np.eye(3), names, title="three")
+    pictures.to_array(figure)
+    captions = figure.axes[0].texts
+    expected = ["$a_b_c$ 100%", "$5 and $10 bills 100%", "caf? 100%"]
+    assert [text.get_text() for text in captions] == expected
+    assert not any(text.get_parse_math() for text in captions)
+
+
 def test_without_a_mistake_there_is_still_a_picture(tmp_path):
     pictures.draw_misclassified([], tmp_path / "none.png", title="0 of 5 misclassified")
     assert (tmp_path / "none.png").stat().st_size > 0

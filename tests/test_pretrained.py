@@ -200,6 +200,12 @@ def test_what_keys_cannot_tell_apart_the_name_does(tmp_path):
         create_model(SMALL, pretrained=path, rngs=nnx.Rngs(0))
     with pytest.raises(CheckpointError, match="looks like identityformer_s12"):
         create_model("poolformerv2_s12", pretrained=folder_once(), rngs=nnx.Rngs(0))
+    # A portable file tells by its record, whatever it is called.
+    portable = tmp_path / "weights.safetensors"
+    model = create_model("poolformerv2_s12", rngs=nnx.Rngs(0))
+    save_weights(model, portable, name="poolformerv2_s12")
+    with pytest.raises(CheckpointError, match="looks like poolformerv2_s12"):
+        create_model(SMALL, pretrained=portable, rngs=nnx.Rngs(0))
 
 
 def test_a_path_to_nothing_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """However a stage is run, it is the same function of the same parameters."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,44 @@ def test_blocks_that_were_changed_are_not_taken_for_alike():
         model.eval()
         model.stages[0][2].token_mixer.pool_size = 5
     np.testing.assert_allclose(_outputs(looped), _outputs(written), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_mixer_keeps_to_itself_counts_too():
+    class Shift(nnx.Module):
+        def __init__(self, dim, *, resolution, dtype, rngs, calls):
+            self._by = next(calls)
+
+        def __call__(self, x):
+            return jnp.roll(x, self._by, 1)
+
+    mixers = [functools.partial(Shift, calls=itertools.count()) for _ in range(2)]
+    looped, written = (_model(mixers[scan], models.Pooling, scan=scan) for scan in (1, 0))
+    for model in (looped, written):
+        model.eval()
+    np.testing.assert_allclose(_outputs(looped), _outputs(written), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", models.stages.REMAT[1:])
+def test_what_is_computed_anew_draws_masks_from_a_models_own_streams(remat):
+    model = _model(remat=remat, scan=0)
+    assert jnp.abs(model(_images()) - model(_images())).max() > 1e-3
+
+    def loss(images, graphdef, state):
+        return jnp.square(nnx.merge(graphdef, state, copy=True)(images)).sum()
+
+    graphdef, state = nnx.split(model)
+    gradient = jax.grad(loss)(_images(), graphdef, state)
+    assert jnp.isfinite(gradient).all()
+    assert (gradient != 0).any()
+
+
+@pytest.mark.parametrize(("remat", "scan"), [("block", 0), ("mlp", 1)])
+def test_evaluation_takes_a_batch_of_any_size(remat, scan):
+    model = _model(remat=remat, scan=scan)
+    model.eval()
+    (size,) = jax.export.symbolic_shape("size")
+    images = jax.ShapeDtypeStruct((size, 16, 16, 3), jnp.float32)
+    assert jax.eval_shape(model, images).shape == (size, 5)
 
 
 def test_evaluation_needs_no_keys_and_frozen_matrices_are_stacked_too():

@@ -86,6 +86,17 @@ def test_a_new_head_is_random_and_the_rest_stays(head):
     assert model(images()).shape == (2, 8)
     with pytest.raises(ValueError, match="`num_classes`"):
         replace_head(model, -1, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="`head_dropout`"):
+        replace_head(model, 7, head_dropout=1.5, rngs=nnx.Rngs(1))
+
+
+def test_a_new_head_is_trained_or_evaluated_as_the_rest():
+    model = small(layers.LinearHead, head_dropout=0.5)
+    replace_head(model, 7, rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(model(images()), model(images()))
+    model.train()
+    replace_head(model, 7, rngs=nnx.Rngs(1))
+    assert (np.array(model(images())) != model(images())).any()
 
 
 @pytest.mark.parametrize("head", [layers.LinearHead, layers.MlpHead])

@@ -81,13 +81,21 @@ def test_any_part_of_an_image_can_be_cut_out(data):
             np.testing.assert_array_equal(part, whole[top:bottom, left:right])
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1"])
 def test_other_files_are_converted_as_pillow_converts_them(mode):
-    image = PHOTO.convert("L").convert("I;16") if mode == "I;16" else PHOTO.convert(mode)
-    data = encoded(image, "PNG")
+    data = encoded(PHOTO.convert(mode), "PNG")
     expected = Image.open(io.BytesIO(data)).convert("RGB")
     np.testing.assert_array_equal(decode(data, channels=3), expected)
     assert decode(data, channels=1).mode == "L"
+
+
+def test_of_16_bits_the_upper_8_are_taken():
+    grey = np.asarray(PHOTO.convert("L"))
+    data = encoded(Image.fromarray(grey.astype(np.uint16) * 256 + 77), "PNG")
+    for channels in (1, 3):
+        decoded = np.asarray(decode(data, channels=channels))
+        np.testing.assert_array_equal(decoded.reshape(*grey.shape, -1).min(-1), grey)
+        np.testing.assert_array_equal(decoded.reshape(*grey.shape, -1).max(-1), grey)
 
 
 def _bomb():
@@ -119,6 +127,8 @@ def _with_an_empty_chunk():
         pytest.param(_with_an_empty_chunk(), id="a PNG whose profile is empty"),
         pytest.param(encoded(kind="WEBP")[:200], id="a WebP cut"),
         pytest.param(_bomb(), id="a decompression bomb"),
+        pytest.param(encoded(PHOTO.convert("F"), "TIFF"), id="numbers of unknown range"),
+        pytest.param(encoded(PHOTO.convert("I"), "TIFF"), id="whole numbers of unknown range"),
     ],
 )
 def test_what_is_no_whole_image_is_refused(data):

@@ -40,8 +40,9 @@ class BadImageError(BadRecordError):
 def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Image:
     """An image of mode RGB or L from the content of an image file.
 
-    Whatever Pillow reads by itself, converted as it converts. As in the published pipeline an
-    orientation in EXIF is not applied.
+    Whatever Pillow reads by itself, converted as it converts; but of 16 bits for a pixel the upper
+    8, which Pillow would cut at 255. As in the published pipeline an orientation in EXIF is not
+    applied.
 
     Args:
         data: the file's content.
@@ -50,7 +51,8 @@ def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Ima
             all.
 
     Raises:
-        BadImageError: it is no image, cut short or damaged, or has more than 179 million pixels.
+        BadImageError: it is no image, cut short or damaged, has more than 179 million pixels, or
+            numbers of 32 bits for them.
         ValueError: no such number of channels.
     """
     if channels not in _MODES:
@@ -99,8 +101,13 @@ def _cut_out(pixels: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int])
 
 def _decode_by_pillow(data: bytes, channels: int, crop: Crop | None) -> Image.Image:
     try:
-        opened = Image.open(io.BytesIO(data), formats=readable_formats())
+        opened: Image.Image = Image.open(io.BytesIO(data), formats=readable_formats())
         opened.load()
+        if opened.mode in ("I", "F"):
+            raise ValueError("32 bits per pixel, whose range the file does not tell")
+        if opened.mode.startswith("I;16"):
+            # Pillow's own conversion cuts at 255, and leaves white.
+            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
         image = opened if opened.mode == _MODES[channels] else opened.convert(_MODES[channels])
     # Each format's reader fails in its own way.
     except (

@@ -50,6 +50,10 @@ def export_stablehlo(
             "A StableHLO file needs flatbuffers. Install it with: "
             'pip install "metaformer-jax[export]"'
         ) from error
+    if not platforms or set(platforms) - {"cpu", "cuda", "rocm", "tpu"}:
+        raise ValueError(
+            f"`platforms` must be some of cpu, cuda, rocm and tpu, got {', '.join(platforms)!r}."
+        )
     (batch,) = jax.export.symbolic_shape(BATCH)
     images = jax.ShapeDtypeStruct((batch, *_image_shape(model, image_size)), jnp.float32)
     exported = jax.export.export(jax.jit(functools.partial(_logits, model)), platforms=platforms)

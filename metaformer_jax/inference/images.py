@@ -86,12 +86,11 @@ def read_image(
     turns = upright and any("EXIF" in note for note in notes)
     if opened.mode.startswith("I;16"):
         notes.append("16 bits per pixel, of which the upper 8 are taken")
-    elif not turns:
+    if not turns:
         return transform(data), notes
     try:
-        image = ImageOps.exif_transpose(opened) if turns else opened
+        image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I;16"):
-            # Pillow's own conversion cuts at 255, and leaves white.
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGB" if transform.channels == 3 else "L")
     except (OSError, ValueError, SyntaxError) as error:

@@ -73,7 +73,9 @@ class MetaFormerBlock(nnx.Module):
     ) -> Float[Array, "b h w c"]:
         """The first half, with the token mixer."""
         x, normalized = _beside(self.norm1, x)
-        images = normalized.reshape(x.shape[0], -1, width or x.shape[2], x.shape[3])
+        b, rows, across, c = x.shape
+        width = width or across
+        images = normalized.reshape(b, rows * across // width, width, c)
         branch = self.token_mixer(images).reshape(x.shape)
         return _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
 

@@ -27,7 +27,7 @@ PRODUCT = "product"
 @functools.partial(jax.jit, static_argnames="num_blocks")
 def _normal_blocks(key: Array, num_blocks: int) -> Float[Array, "num_blocks block"]:
     keys = jax.random.split(key, num_blocks)
-    return jax.lax.map(lambda key: jax.random.normal(key, (_BLOCK,)), keys)
+    return jax.lax.map(lambda key: jax.random.normal(key, (_BLOCK,), jnp.float32), keys)
 
 
 def kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -121,7 +121,8 @@ class ResScale(nnx.Module):
     """Multiplies the residual branch's shortcut by a learned vector (https://arxiv.org/abs/2110.09456)."""
 
     def __init__(self, dim: int, *, init_value: float = 1.0, rngs: nnx.Rngs):
-        self.scale = nnx.Param(nnx.initializers.constant(init_value)(rngs.params(), (dim,)))
+        init = nnx.initializers.constant(init_value)
+        self.scale = nnx.Param(init(rngs.params(), (dim,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         return (x * self.scale[...]).astype(x.dtype)

@@ -20,7 +20,7 @@ from metaformer_jax.models.layers import (
     layer_norm,
 )
 from metaformer_jax.models.mixers import TokenMixerFn
-from metaformer_jax.models.stages import remat_here, remat_name, run_blocks
+from metaformer_jax.models.stages import drops, remat_here, remat_name, run_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,8 @@ class MetaFormer(nnx.Module):
     the call (`nnx.Rngs`, or `ImageKeys` for masks of each image's own), or else from streams
     forked from the `rngs` given here.
 
-    Differentiate by reverse mode, to any order; forward mode (`jax.jvp`) does not go through.
+    Differentiate by reverse mode, to any order (with `scan` once only); forward mode (`jax.jvp`)
+    does not go through.
 
     Args:
         spec: the architecture.
@@ -141,10 +142,12 @@ class MetaFormer(nnx.Module):
         dtype: compute dtype of stem and stages. Parameters, the statistics of norms, softmax and
             the head are float32 always.
         remat: what of each block the backward pass computes anew in place of keeping it, one of
-            `stages.REMAT`: less memory, mostly more time, the same numbers. True means "block";
-            "auto" is "mlp" where it is compiled for TPUs, and elsewhere "none".
+            `stages.REMAT`: less memory, mostly more time, the same numbers, but for masks that
+            are not drawn from `ImageKeys`: these are others. True means "block"; "auto" is "mlp"
+            where it is compiled for TPUs, and elsewhere "none".
         scan: blocks in each round of a loop over those of a stage, for a shorter compilation and a
-            slower step with the same parameters; 0 writes all out.
+            slower step with the same parameters; 0 writes all out. For second derivatives it must
+            be 0: in a loop JAX (0.10.2) confuses what rules like ours keep.
         rngs: initial values (`params`) and, where a rate is positive, masks (`dropout`).
 
     Raises:
@@ -235,7 +238,9 @@ class MetaFormer(nnx.Module):
         self._check_images(images)
         x = jnp.asarray(images, self.dtype)
         remat = remat_here(self.remat)
-        if (remat != "none" or self.scan) and isinstance(rngs, nnx.Rngs):
+        if not any(map(drops, itertools.chain(*self.stages))):
+            rngs = None
+        elif (remat != "none" or self.scan) and isinstance(rngs, nnx.Rngs):
             # Flax's streams count in a variable, which cannot change inside.
             rngs = ImageKeys(jax.random.split(rngs.dropout(), len(images)))
         outputs = []

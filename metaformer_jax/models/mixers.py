@@ -70,7 +70,7 @@ class RandomMixing(nnx.Module):
         self.resolution = resolution
         self.dtype = dtype
         num_tokens = resolution[0] * resolution[1]
-        noise = jax.random.uniform(rngs.params(), (num_tokens, num_tokens))
+        noise = jax.random.uniform(rngs.params(), (num_tokens, num_tokens), jnp.float32)
         self.random_matrix = Frozen(jax.nn.softmax(noise, axis=-1))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

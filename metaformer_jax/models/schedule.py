@@ -1,6 +1,6 @@
 """When the backward pass computes what the forward pass did not keep."""
 
-import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -15,6 +15,10 @@ def run_after(x: Float[Array, "*b c"], cotangent: Float[Array, "*d e"]) -> Float
 
 
 def _tied(x: Array, cotangent: Array) -> Array:
-    # Nothing for every number, but a compiler may not know: of infinity it is not a number.
-    nothing = 0 * jax.lax.slice(cotangent, (0,) * cotangent.ndim, (1,) * cotangent.ndim)
+    if 0 in cotangent.shape:
+        return x
+    first = lax.slice(cotangent, (0,) * cotangent.ndim, (1,) * cotangent.ndim)
+    # Nothing, but a compiler may not know: of infinity it would not be a number. One image's
+    # infinity must not become all others', and so is left out.
+    nothing = 0 * jnp.where(jnp.abs(first) < 1, first, 0)
     return x + nothing.reshape(()).astype(x.dtype)

@@ -75,6 +75,8 @@ def run_blocks(
             masks would come from streams of their own, and neighbours that are not built alike,
             are written out.
     """
+    if not any(map(drops, blocks)):
+        rngs = None
     for _, group in itertools.groupby(blocks, key=_description):
         alike = list(group)
         # As they stay from block to block, kept or not.
@@ -84,7 +86,8 @@ def run_blocks(
             rows = _looped(alike, rows, width, keys, remat, scan)
         else:
             for block in alike:
-                rows = _rematted(block, width, rngs, remat)(rows)
+                own = _own_keys(block, x.shape[0]) if rngs is None and remat != "none" else None
+                rows = _rematted(block, width, own or rngs, remat)(rows)
         x = rows.reshape(x.shape)
     return x
 
@@ -116,7 +119,7 @@ def _description(block: Any) -> Any:
             name: value
             for name, value in vars(part).items()
             if not isinstance(value, nnx.Pytree | nnx.Variable | jax.Array)
-            and not name.startswith("_")
+            and not name.startswith("_pytree")
             and not (isinstance(part, Dropout) and name == "rate")
         }
         parts.append((path, type(part), static))
@@ -128,12 +131,23 @@ def _dropouts(block: Any) -> list[Dropout]:
     return [part for _, part in nnx.iter_modules(block) if isinstance(part, Dropout)]
 
 
-def _may_loop(blocks: Sequence[Any], rngs: nnx.Rngs | ImageKeys | None) -> bool:
-    drops = any(
+def drops(block: Any) -> bool:
+    """Whether anything in the block drops what it is given, which takes keys."""
+    return any(
         isinstance(part, nnx.Dropout) and not part.deterministic
-        for _, part in nnx.iter_modules(blocks[0])
+        for _, part in nnx.iter_modules(block)
     )
-    return isinstance(rngs, ImageKeys) or not drops
+
+
+def _may_loop(blocks: Sequence[Any], rngs: nnx.Rngs | ImageKeys | None) -> bool:
+    return isinstance(rngs, ImageKeys) or not drops(blocks[0])
+
+
+def _own_keys(block: Any, num_images: Any) -> ImageKeys | None:
+    """Keys from a block's own streams, which cannot count inside what is computed anew."""
+    streams = (part.rngs for part in _dropouts(block) if not part.deterministic)
+    stream = next((stream for stream in streams if stream is not None), None)
+    return stream and ImageKeys(jax.random.split(stream(), num_images))
 
 
 def _looped(

@@ -24,8 +24,8 @@ class StarReLU(nnx.Module):
     """`s * relu(x) ** 2 + b` with one learned `s` and `b` (the publication's own activation)."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (1,)))
-        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (1,)))
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (1,), jnp.float32))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (1,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         return _star_relu(x, self.scale[...], self.bias[...])

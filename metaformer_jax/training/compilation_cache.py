@@ -66,7 +66,8 @@ def share_compiled_programs(folder: pathlib.Path) -> None:
         # Those who only read delete nothing, and need not wait for each other.
         _set_unless_chosen("jax_compilation_cache_max_size", -1)
     compilation_cache.reset_cache()
-    compilation_cache.set_cache_dir(str(folder))
+    # By the same name from wherever it is called: that is a part of what programs are found by.
+    compilation_cache.set_cache_dir(str(folder.absolute()))
 
 
 def _default_folder() -> pathlib.Path:

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 from rich.console import Console
 
+from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.pictures import draw_misclassified
 from metaformer_jax.training.progress import evaluation_progress
 from metaformer_jax.training.run import Run
@@ -120,6 +121,7 @@ def evaluate(
         FileNotFoundError: there are no pretrained weights at the path.
     """
     console = console or Console()
+    console.quiet = console.quiet or not is_first_process()
     run = Run(config, trains=False)
     if workdir is None:
         evaluation = evaluate_state(run, _pretrained_state(run), console=console)

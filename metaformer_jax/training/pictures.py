@@ -128,7 +128,9 @@ def _image_grid(
         axes.text(
             left + image_width / 2,
             top + gap / 3,
-            caption,
+            # Names of classes are any text: neither formulas nor, all of them, Unicode.
+            caption.encode("utf-8", "replace").decode(),
+            parse_math=False,
             fontsize=8,
             horizontalalignment="center",
             verticalalignment="bottom",

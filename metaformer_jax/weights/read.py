@@ -12,7 +12,14 @@ import numpy as np
 from metaformer_jax.models import model_info
 from metaformer_jax.weights import converted, workdir
 from metaformer_jax.weights.errors import CheckpointError
-from metaformer_jax.weights.files import check_is_file, read_tensors, sha256
+from metaformer_jax.weights.files import (
+    OWN_KEY,
+    SAFETENSORS,
+    check_is_file,
+    read_metadata,
+    read_tensors,
+    sha256,
+)
 from metaformer_jax.weights.recognition import recognise
 
 
@@ -65,12 +72,19 @@ def read_checkpoint(
             hashing = executor.submit(sha256, check_is_file(path)) if with_hash else None
             tensors, entry = read_tensors(path, entry=entry)
             digest = hashing.result() if hashing else None
-        called = path.name
+        called = _own_name(path) or path.name
         source = {"source_file": path.name, "source_sha256": digest, "source_entry": entry}
         source["source_layout"] = recognise(tensors).layout
     if name is not None:
         _check_called(called, name, tensors)
     return Checkpoint(tensors, record, source)
+
+
+def _own_name(path: pathlib.Path) -> str | None:
+    """What a portable file's record calls it; None for other files."""
+    if path.suffix != SAFETENSORS or OWN_KEY not in read_metadata(path):
+        return None
+    return converted.read_record(path).model
 
 
 def _check_called(called: str, name: str, tensors: dict[str, np.ndarray]) -> None:

@@ -23,7 +23,8 @@ def replace_head(
 ) -> None:
     """Gives the model a head with random weights for another number of classes, in place.
 
-    The whole head is drawn anew: of an MLP head the hidden layer too.
+    The whole head is drawn anew: of an MLP head the hidden layer too. Where all dropout of the
+    model is in evaluation mode, so is that of the head.
 
     Args:
         model: anything before the head stays as it is.
@@ -32,18 +33,24 @@ def replace_head(
         rngs: randomness of the initial values and of the dropout.
 
     Raises:
-        ValueError: `num_classes` is negative.
+        ValueError: `num_classes` is negative, or `head_dropout` not in [0, 1).
     """
     if num_classes < 0:
         raise ValueError(f"`num_classes` must be a whole number of at least 0, got {num_classes}.")
     if head_dropout is None:
         dropout = getattr(model.head, "dropout", None)
         head_dropout = 0.0 if dropout is None else dropout.rate
-    model.head = nnx.data(
+    if not 0 <= head_dropout < 1:
+        raise ValueError(f"`head_dropout` must be in [0, 1), got {head_dropout}.")
+    parts = [part for _, part in nnx.iter_modules(model) if isinstance(part, nnx.Dropout)]
+    head = (
         model.spec.head(model.spec.dims[-1], num_classes, dropout=head_dropout, rngs=rngs)
         if num_classes
         else None
     )
+    if head is not None and parts and all(part.deterministic for part in parts):
+        head.eval()
+    model.head = nnx.data(head)
     model.num_classes = num_classes
 
 
