@@ -118,6 +118,12 @@ def main(argv: list[str]) -> None:
     """Runs the mode that the flags ask for."""
     if argv[1:]:
         _exit_with(f"Arguments must be --flags, got {' '.join(argv[1:])}.", USAGE_ERROR)
+    if "://" in (_WORKDIR.value or ""):
+        _exit_with(
+            f"`--workdir` must be a folder, got {_WORKDIR.value!r}. Mount the bucket, with gcsfuse "
+            "or the like, and name a folder in it.",
+            USAGE_ERROR,
+        )
     # Orbax, JAX and matplotlib tell every step they take; --verbosity=0 shows it.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
@@ -133,12 +139,6 @@ def main(argv: list[str]) -> None:
     from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
 
-    if "://" in (_WORKDIR.value or ""):
-        _exit_with(
-            f"`--workdir` must be a folder, got {_WORKDIR.value!r}. Mount the bucket, with gcsfuse "
-            "or the like, and name a folder in it.",
-            USAGE_ERROR,
-        )
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
     keep_compiled_programs(enabled=_COMPILATION_CACHE.value and not _TOPOLOGY.value)
     try:

@@ -53,7 +53,7 @@ def test_a_bucket_is_no_workdir():
     result = _main(DIGITS, "--workdir=gs://bucket/run")
     assert result.returncode == 2
     assert result.stderr.startswith("error: `--workdir` must be a folder, got 'gs://bucket/run'.")
-    assert not pathlib.Path("gs:").exists()
+    assert not (REPOSITORY / "gs:").exists()
 
 
 def test_training_from_the_command_line_with_overrides(tmp_path):

@@ -63,6 +63,22 @@ def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Ima
     return _cut_out(pixels, _box(pixels, crop))
 
 
+def in_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image in mode RGB (3 channels) or L (1), as Pillow converts it; of 16 bits the upper 8.
+
+    Raises:
+        BadImageError: its numbers have 32 bits.
+    """
+    if image.mode in ("I", "F"):
+        raise BadImageError(
+            "32 bits per pixel, whose range the file does not tell. Save it with 8 bits"
+        )
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion cuts at 255, and leaves white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+
+
 def decode_and_resize(
     data: bytes,
     size: int,
@@ -101,14 +117,9 @@ def _cut_out(pixels: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int])
 
 def _decode_by_pillow(data: bytes, channels: int, crop: Crop | None) -> Image.Image:
     try:
-        opened: Image.Image = Image.open(io.BytesIO(data), formats=readable_formats())
+        opened = Image.open(io.BytesIO(data), formats=readable_formats())
         opened.load()
-        if opened.mode in ("I", "F"):
-            raise ValueError("32 bits per pixel, whose range the file does not tell")
-        if opened.mode.startswith("I;16"):
-            # Pillow's own conversion cuts at 255, and leaves white.
-            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-        image = opened if opened.mode == _MODES[channels] else opened.convert(_MODES[channels])
+        image = in_channels(opened, channels)
     # Each format's reader fails in its own way.
     except (
         OSError,

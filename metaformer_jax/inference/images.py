@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from metaformer_jax.data.augment import EvalTransform
 from metaformer_jax.data.folder import readable_extensions
-from metaformer_jax.data.transforms import BadImageError
+from metaformer_jax.data.transforms import BadImageError, in_channels
 from metaformer_jax.weights.errors import first_line
 
 # What a decoded or resized picture may have, so that no file takes more than about half a
@@ -89,10 +89,7 @@ def read_image(
     if not turns:
         return transform(data), notes
     try:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB" if transform.channels == 3 else "L")
+        image = in_channels(ImageOps.exif_transpose(opened), transform.channels)
     except (OSError, ValueError, SyntaxError) as error:
         raise BadImageError(str(error)) from error
     return transform.of_image(image), [note for note in notes if "EXIF" not in note or not turns]
@@ -120,10 +117,6 @@ def _examine(file: io.BufferedReader, image_size: int) -> list[str]:
     # Each format's reader fails in its own way.
     except Exception as error:
         raise BadImageError(first_line(error).rstrip(".")) from error
-    if image.mode in ("I", "F"):
-        raise BadImageError(
-            "32 bits per pixel, whose range the file does not tell. Save it with 8 bits"
-        )
     notes = []
     if frames > 1:
         notes.append(f"{frames} frames, of which the first is taken")

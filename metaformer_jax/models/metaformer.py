@@ -171,8 +171,8 @@ class MetaFormer(nnx.Module):
         _check_at_least("scan", scan, 0)
         _check_at_least("num_classes", num_classes, 0)
         _check_at_least("in_channels", in_channels, 1)
-        _check_rate("drop_path_rate", drop_path_rate)
-        _check_rate("head_dropout", head_dropout)
+        check_rate("drop_path_rate", drop_path_rate)
+        check_rate("head_dropout", head_dropout)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"`dtype` must be a floating-point type, got {dtype!r}. Use jnp.float32 or "
@@ -326,7 +326,12 @@ def _as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return pair
 
 
-def _check_rate(name: str, rate: float) -> None:
+def check_rate(name: str, rate: float) -> None:
+    """Refuses a rate of dropout or stochastic depth that is none.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
     if not 0 <= rate < 1:
         raise ValueError(f"`{name}` must be in [0, 1), got {rate}.")
 

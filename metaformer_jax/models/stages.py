@@ -75,8 +75,6 @@ def run_blocks(
             masks would come from streams of their own, and neighbours that are not built alike,
             are written out.
     """
-    if not any(map(drops, blocks)):
-        rngs = None
     for _, group in itertools.groupby(blocks, key=_description):
         alike = list(group)
         # As they stay from block to block, kept or not.
@@ -147,7 +145,7 @@ def _own_keys(block: Any, num_images: Any) -> ImageKeys | None:
     """Keys from a block's own streams, which cannot count inside what is computed anew."""
     streams = (part.rngs for part in _dropouts(block) if not part.deterministic)
     stream = next((stream for stream in streams if stream is not None), None)
-    return stream and ImageKeys(jax.random.split(stream(), num_images))
+    return None if stream is None else ImageKeys(jax.random.split(stream(), num_images))
 
 
 def _looped(

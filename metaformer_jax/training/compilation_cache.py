@@ -1,5 +1,6 @@
 """Compiled programs kept on disk, so that a second start need not compile again."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -93,14 +94,15 @@ def _remove_unfinished(folder: pathlib.Path) -> None:
     """
     if jax.config.values["jax_compilation_cache_max_size"] == -1:
         return
-    try:
-        with filelock.FileLock(folder / ".lockfile", timeout=_LOCK_SECONDS):
-            for entry in folder.glob("*-cache"):
-                if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
-                    entry.unlink()
-    except (filelock.Timeout, OSError, NotImplementedError):
-        # JAX will have no better luck with the lock or the files, and says so.
-        pass
+    # Where a file system has no locks, or another process keeps this one, JAX has no better luck
+    # with it, and says so.
+    with (
+        contextlib.suppress(OSError, NotImplementedError),
+        filelock.FileLock(folder / ".lockfile", timeout=_LOCK_SECONDS),
+    ):
+        for entry in folder.glob("*-cache"):
+            if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+                entry.unlink()
 
 
 def _set_unless_chosen(name: str, value: float) -> None:

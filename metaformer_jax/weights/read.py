@@ -76,7 +76,7 @@ def read_checkpoint(
         source = {"source_file": path.name, "source_sha256": digest, "source_entry": entry}
         source["source_layout"] = recognise(tensors).layout
     if name is not None:
-        _check_called(called, name, tensors)
+        _check_called(called, name, tensors, is_file_name=called == path.name)
     return Checkpoint(tensors, record, source)
 
 
@@ -87,7 +87,9 @@ def _own_name(path: pathlib.Path) -> str | None:
     return converted.read_record(path).model
 
 
-def _check_called(called: str, name: str, tensors: dict[str, np.ndarray]) -> None:
+def _check_called(
+    called: str, name: str, tensors: dict[str, np.ndarray], *, is_file_name: bool
+) -> None:
     candidates = recognise(tensors).architectures
     wanted = model_info(name).architecture
     if len(candidates) < 2 or wanted not in candidates:
@@ -95,7 +97,8 @@ def _check_called(called: str, name: str, tensors: dict[str, np.ndarray]) -> Non
     others = (candidate for candidate in candidates if candidate != wanted)
     other = next((o for o in others if re.match(rf"{o}(?![a-z0-9])", called)), None)
     if other is not None:
+        remedy = "Name that model, or rename the file." if is_file_name else "Name that model."
         raise CheckpointError(
             f"The checkpoint must be one of {wanted}, got one called {called}: this looks like "
-            f"{other}, which has the same keys and shapes. Name that model, or rename the file."
+            f"{other}, which has the same keys and shapes. {remedy}"
         )

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from metaformer_jax.models import MetaFormer, RandomMixing
+from metaformer_jax.models.metaformer import check_rate
 
 NUM_IMAGENET_1K = 1000
 NUM_IMAGENET_21K = 21841
@@ -40,8 +41,7 @@ def replace_head(
     if head_dropout is None:
         dropout = getattr(model.head, "dropout", None)
         head_dropout = 0.0 if dropout is None else dropout.rate
-    if not 0 <= head_dropout < 1:
-        raise ValueError(f"`head_dropout` must be in [0, 1), got {head_dropout}.")
+    check_rate("head_dropout", head_dropout)
     parts = [part for _, part in nnx.iter_modules(model) if isinstance(part, nnx.Dropout)]
     head = (
         model.spec.head(model.spec.dims[-1], num_classes, dropout=head_dropout, rngs=rngs)
