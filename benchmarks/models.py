@@ -115,12 +115,14 @@ class Ours:
         self._call, self._finish = train, jax.block_until_ready
 
     def _share(self, model, weights):
+        from safetensors.numpy import save_file
+
         from metaformer_jax.weights.convert import to_tensors, variables_of
-        from metaformer_jax.weights.files import write_tensors
 
         values = {path: np.asarray(leaf[...]) for path, leaf in variables_of(model).items()}
         part = pathlib.Path(weights).with_name("part.safetensors")
-        write_tensors(part, to_tensors(values, "timm"), {})
+        tensors = to_tensors(values, "timm")
+        save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, part)
         part.replace(weights)
 
     def run(self, seconds):

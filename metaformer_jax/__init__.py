@@ -34,6 +34,7 @@ __all__ = [
     "save_weights",
 ]
 
+_OF_WEIGHTS = ("create_model", "load_weights", "save_weights")
 _ROOMS = ("models", "weights", "explain", "inference")
 
 
@@ -43,9 +44,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"metaformer_jax.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module("metaformer_jax.weights"), name, None)
-    if value is None:
-        value = getattr(importlib.import_module("metaformer_jax.models"), name)
+    room = "weights" if name in _OF_WEIGHTS else "models"
+    value = getattr(importlib.import_module(f"metaformer_jax.{room}"), name)
     globals()[name] = value
     return value
 
