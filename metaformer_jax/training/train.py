@@ -18,7 +18,7 @@ from rich.console import Console
 from metaformer_jax import models
 from metaformer_jax.training import settings
 from metaformer_jax.training.checkpoint import Checkpoints, set_aside_damaged
-from metaformer_jax.training.claim import claimed_workdir
+from metaformer_jax.training.claim import check_shared, claimed_workdir
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.evaluation import (
@@ -61,8 +61,8 @@ def train(
         The evaluation of the last parameters, or of their moving average where there is one.
 
     Raises:
-        ValueError: the config is wrong, the workdir belongs to another one, or the pretrained
-            weights or the checkpoint do not fit.
+        ValueError: the config is wrong, the workdir belongs to another one or is not one folder
+            for all processes, or the pretrained weights or the checkpoint do not fit.
         FileNotFoundError: there are no pretrained weights at the path.
         NonFiniteError: the loss became infinite or not a number.
         PreemptedError: the run was told to end; it has saved a checkpoint.
@@ -82,6 +82,7 @@ def train(
         is_writer=is_first_process(),
     )
     with Preemption() as preemption, claimed:
+        check_shared(workdir)
         if is_first_process():
             for sentence in set_aside_damaged(directory):
                 console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)

@@ -144,7 +144,7 @@ def assert_same_run(workdir, expected):
     jax.tree.map(np.testing.assert_array_equal, state(workdir), state(expected))
 
 
-def start_two(workdir, *flags, num_devices=2, tampers=(None, None), **kwargs):
+def start_two(workdir, *flags, second_workdir=None, num_devices=2, tampers=(None, None), **kwargs):
     """One training as two processes that speak on the loopback interface only."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -152,7 +152,7 @@ def start_two(workdir, *flags, num_devices=2, tampers=(None, None), **kwargs):
     together = [f"--coordinator_address={address}", "--num_processes=2"]
     return [
         start(
-            workdir,
+            second_workdir if index and second_workdir else workdir,
             *(*together, f"--process_id={index}", *flags),
             num_devices=num_devices,
             tamper={"keep": True} | (tamper or {}),

@@ -3,13 +3,14 @@
 import json
 import re
 import signal
+import socket
 
 import jax
 import numpy as np
 import pytest
 import runs
 
-from metaformer_jax.training.exit_codes import PREEMPTED, TRAINING_FAILED
+from metaformer_jax.training.exit_codes import PREEMPTED, TRAINING_FAILED, USAGE_ERROR
 
 
 def test_two_processes_train_as_one_and_stop_as_one_and_one_goes_on(undisturbed, tmp_path):
@@ -97,6 +98,23 @@ def test_an_error_of_one_of_two_processes_ends_both(tmp_path):
         assert "A worker that reads data has died" in runs.error_line(errors)
         code, _, errors = runs.end(processes[0], seconds=60)
     assert code in (TRAINING_FAILED, -signal.SIGABRT)
+
+
+def test_two_processes_with_a_workdir_each_both_end_at_the_start(tmp_path):
+    processes = runs.start_two(tmp_path / "first", second_workdir=tmp_path / "second")
+    with runs.ended(*processes):
+        codes, _, errors = zip(
+            *(runs.end(process, seconds=60) for process in processes), strict=True
+        )
+    assert codes == (USAGE_ERROR, USAGE_ERROR)
+    host = socket.gethostname()
+    for index, name in enumerate(("first", "second")):
+        message = runs.error_line(errors[index])
+        workdir = str(tmp_path / name)
+        assert f"got {workdir!r} for process {index} on {host}" in message
+        assert f"does not show for process 1 on {host}. Use a folder that all" in message
+        assert "Traceback" not in errors[index]
+    assert {path.name for path in tmp_path.glob("*/*")} <= {"config.json", "run.lock"}
 
 
 @pytest.mark.parametrize(
