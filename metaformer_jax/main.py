@@ -11,9 +11,6 @@ import signal
 import sys
 from typing import NoReturn
 
-from absl import app, flags, logging
-from ml_collections import config_flags
-
 from metaformer_jax.training.exit_codes import (
     INTERRUPTED,
     PREEMPTED,
@@ -21,6 +18,17 @@ from metaformer_jax.training.exit_codes import (
     USAGE_ERROR,
     end_at_once,
 )
+
+if __name__ == "__main__":
+    # There is nothing to save before the training, nor after it; in it `Preemption` takes over.
+    signal.signal(signal.SIGTERM, end_at_once)
+    # The imports take seconds, and some do not survive the usual exception. A shell's background
+    # jobs ignore Ctrl-C, and are to go on doing so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
+
+from absl import app, flags, logging
+from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -127,8 +135,6 @@ def main(argv: list[str]) -> None:
     # Orbax, JAX and matplotlib tell every step they take; --verbosity=0 shows it.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    # There is nothing to save before the training, nor after it; in it `Preemption` takes over.
-    signal.signal(signal.SIGTERM, end_at_once)
     # Flags that are wrong should say so at once, not after the imports of seconds.
     import jax
 
@@ -143,6 +149,8 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
     keep_compiled_programs(enabled=_COMPILATION_CACHE.value and not _TOPOLOGY.value)
     try:
+        if signal.getsignal(signal.SIGINT) is end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if _MODE.value == "compile":
             compile.compile_training(
                 _CONFIG.value,

@@ -1,7 +1,8 @@
 """What the process of a training ends with, beside 0. No other module is needed to know them."""
 
 import os
-from typing import Any
+import signal
+from types import FrameType
 
 TRAINING_FAILED = 1
 USAGE_ERROR = 2
@@ -11,6 +12,10 @@ PREEMPTED = 75
 INTERRUPTED = 130
 
 
-def end_at_once(*_: Any) -> None:
-    """What a program does about SIGTERM while there is nothing to save."""
+def end_at_once(signal_number: int, _: FrameType | None = None) -> None:
+    """What a program does about SIGTERM and Ctrl-C while there is nothing to save."""
+    if signal_number == signal.SIGINT:
+        # Not by print, which it may have interrupted.
+        os.write(2, b"error: stopped before anything was done.\n")
+        os._exit(INTERRUPTED)
     os._exit(PREEMPTED)

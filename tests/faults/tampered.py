@@ -8,6 +8,7 @@
 {"keep": true}                    keeps what it compiles, though it is not the first process
 """
 
+import importlib.abc
 import json
 import os
 import pathlib
@@ -146,7 +147,17 @@ def _kill_a_worker(n):
     _before(PendingMetrics, "add", _nth(n, kill))
 
 
+def _die_in_an_import(name):
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, fullname, path, target=None):
+            if fullname == name:
+                _die()
+
+    sys.meta_path.insert(0, Finder())
+
+
 MOMENTS = {
+    "import": _die_in_an_import,
     "step": _die_in_a_step,
     "save": _die_in_a_save,
     "commit": _die_before_the_commit,

@@ -5,9 +5,15 @@ import os
 import signal
 import subprocess
 
+import pytest
 import runs
 
-from metaformer_jax.training.exit_codes import PREEMPTED, end_at_once
+from metaformer_jax.training.exit_codes import (
+    INTERRUPTED,
+    PREEMPTED,
+    USAGE_ERROR,
+    end_at_once,
+)
 from metaformer_jax.training.preemption import PreemptedError, Preemption
 
 
@@ -36,6 +42,28 @@ def test_told_again_and_again_it_saves_one_checkpoint_and_goes_on(undisturbed, t
     continued = runs.start(tmp_path, "--accept_config_changes")
     assert f"continuing after step {saved}" in runs.finish(continued)
     runs.assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("module", ["absl", "jax", "jaxlib._jax", "metaformer_jax.training.train"])
+def test_interrupted_while_it_starts_it_ends_with_one_line(module, tmp_path):
+    tamper = {"die": ["import", module], "by": "SIGINT"}
+    code, output, errors = runs.end(runs.start(tmp_path / "new", tamper=tamper))
+    assert (code, output) == (INTERRUPTED, "")
+    assert errors == "error: stopped before anything was done.\n"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_background_job_ignores_ctrl_c_from_its_start_on(tmp_path):
+    tamper = {"die": ["import", "jax"], "by": "SIGINT"}
+    # What a shell does: the new process inherits it.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = runs.start(tmp_path / "new", "--config.batch_size=0", tamper=tamper)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    code, _, errors = runs.end(process)
+    assert code == USAGE_ERROR
+    assert "`config.batch_size` must be positive" in runs.error_line(errors)
 
 
 def test_told_while_it_compiles_it_ends_at_once(tmp_path):
