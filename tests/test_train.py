@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import struct
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -299,6 +300,31 @@ def test_another_config_is_accepted_on_request(finished, tmp_path):
     _, output = _train(copied, _config(epochs=2.2), accept_config_changes=True)
     assert "continuing after step 23" in output
     assert [row["step"] for row in read_metrics(copied) if "train/loss" in row][-3:] == [23, 24, 25]
+
+
+def test_a_start_that_is_refused_leaves_the_config_that_it_found(finished, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(finished[0], copied)
+    with pytest.raises(ValueError, match="saved by a run with other values"):
+        _train(copied, _config(**{"ema.decay": 0.9}), accept_config_changes=True)
+    assert (copied / "config.json").read_bytes() == (finished[0] / "config.json").read_bytes()
+    assert "finished: 23 steps are done" in _train(copied)[1]
+
+
+def test_without_a_checkpoint_a_workdir_takes_any_config(tmp_path):
+    with pytest.raises(NonFiniteError):
+        _train(tmp_path, _overflowing(log_every_steps=1))
+    assert (tmp_path / "config.json").exists()
+    _train(tmp_path, _config(epochs=0.6))
+    assert json.loads((tmp_path / "config.json").read_text())["epochs"] == 0.6
+    assert [row["step"] for row in read_metrics(tmp_path) if "train/loss" in row] == [4, 7]
+
+
+def test_weights_and_biases_is_looked_for_before_a_workdir_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="wandb is not installed: pip install wandb"):
+        train.train(_config(**{"wandb.project": "birds"}), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def _overflowing(**changes):

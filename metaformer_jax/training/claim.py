@@ -19,12 +19,14 @@ from jax.experimental import multihost_utils
 
 from metaformer_jax.training import settings
 from metaformer_jax.training.distributed import is_first_process
+from metaformer_jax.weights.workdir import saved_steps
 
 try:
     import fcntl
 except ImportError:  # Windows, where nothing keeps two runs apart.
     fcntl = None  # type: ignore[assignment]
 
+_CONFIG_NAME = "config.json"
 _LOCK_NAME = "run.lock"
 # For what one host writes to show on another.
 _SHOWS_AFTER_SECONDS = 5
@@ -44,7 +46,7 @@ def claimed_workdir(
     accept_changes: bool = False,
     is_writer: bool = True,
 ) -> Iterator[None]:
-    """Makes the folder and writes `config.json`, or checks that this config made it.
+    """Makes the folder, or checks that this config made the checkpoints in it.
 
     Within the context no other run can claim it. The system gives it free when the process ends,
     however that happens.
@@ -52,31 +54,39 @@ def claimed_workdir(
     Args:
         workdir: the run's folder.
         config: what the run does.
-        accept_changes: another config may have made it.
+        accept_changes: another config may have made them.
         is_writer: whether this process writes; each one checks the config, and this one locks.
 
     Raises:
-        ValueError: another config made it, and `accept_changes` is not set; another run is using
+        ValueError: another config made them, and `accept_changes` is not set; another run is using
             it; or it cannot be written to.
     """
-    mine = settings.as_json(config)
     with contextlib.ExitStack() as lock:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            path = workdir / "config.json"
-            if path.exists() and not accept_changes:
-                _check_same(path, mine)
+            path = workdir / _CONFIG_NAME
+            # Without a checkpoint there is nothing to continue, by whatever config.
+            if path.exists() and saved_steps(workdir / "checkpoints") and not accept_changes:
+                _check_same(path, settings.as_json(config))
             if is_writer:
                 lock.enter_context(_locked(workdir))
-                part = path.with_suffix(".tmp")
-                part.write_text(json.dumps(mine, indent=2) + "\n")
-                part.replace(path)
         except OSError as error:
             raise ValueError(
                 f"`workdir` must be a folder that can be written to, got {str(workdir)!r}: "
                 f"{error.strerror}."
             ) from error
         yield
+
+
+def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Notes in `config.json` what the checkpoints to come are made by.
+
+    To be called when the training is about to begin: a start that fails leaves what it found.
+    """
+    path = workdir / _CONFIG_NAME
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(settings.as_json(config), indent=2) + "\n")
+    part.replace(path)
 
 
 def check_shared(workdir: pathlib.Path) -> None:

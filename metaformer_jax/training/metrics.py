@@ -188,16 +188,25 @@ def _import_tensorboardx() -> None:
             del sys.modules["torch"]
 
 
-def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) -> Any:
+def import_wandb(project: str) -> Any:
+    """The module of Weights & Biases, for a project there.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import wandb
     except ImportError as error:
         raise ImportError(
             f"`config.wandb.project` is {project!r}, but wandb is not installed: pip install wandb"
         ) from error
+    return wandb
+
+
+def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) -> Any:
     # A resumed run is the same one there: it is known by its folder.
     run_id = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
-    return wandb.init(
+    return import_wandb(project).init(
         project=project,
         id=run_id,
         name=workdir.name,

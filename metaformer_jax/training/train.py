@@ -18,7 +18,7 @@ from rich.console import Console
 from metaformer_jax import models
 from metaformer_jax.training import settings
 from metaformer_jax.training.checkpoint import Checkpoints, set_aside_damaged
-from metaformer_jax.training.claim import check_shared, claimed_workdir
+from metaformer_jax.training.claim import check_shared, claimed_workdir, write_config
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.evaluation import (
@@ -29,7 +29,7 @@ from metaformer_jax.training.evaluation import (
 )
 from metaformer_jax.training.guard import Guard
 from metaformer_jax.training.memory import memory_of
-from metaformer_jax.training.metrics import MetricWriter, PendingMetrics, read_metrics
+from metaformer_jax.training.metrics import MetricWriter, PendingMetrics, import_wandb, read_metrics
 from metaformer_jax.training.pictures import batch_figure, draw_curves, save, to_array
 from metaformer_jax.training.preemption import PreemptedError, Preemption
 from metaformer_jax.training.progress import TrainingProgress, elapsing
@@ -67,13 +67,16 @@ def train(
         NonFiniteError: the loss became infinite or not a number.
         PreemptedError: the run was told to end; it has saved a checkpoint.
         SaveError: a checkpoint could not be written.
+        ImportError: Weights & Biases is asked for and not installed.
     """
     console = console or Console()
     # One process tells what all do.
     console.quiet = console.quiet or not is_first_process()
     run = Run(config)
     directory = workdir / "checkpoints"
-    # What does not fit shows before a workdir is made.
+    # What does not fit or is missing shows before a workdir is made.
+    if is_first_process() and config.wandb.project:
+        import_wandb(config.wandb.project)
     variables = {} if saved_steps(directory) else run.pretrained_variables()
     claimed = claimed_workdir(
         workdir,
@@ -152,6 +155,7 @@ class _Training:
             state = engine.with_weights(engine.initial_state(), variables)
         if start_step < run.total_steps or self._lacks_evaluation(start_step):
             return self._train(state, start_step)
+        self._keep_config()
         return evaluate_state(
             run, engine.averaged(state) if state.ema else state, console=self.console
         )
@@ -187,6 +191,7 @@ class _Training:
                     batch = next(batches)
                 if train_step is None:
                     train_step = self._compiled(state, batch)
+                    self._keep_config()
                 if step == 1:
                     picture = to_array(_batch_figure(run, batch, 0))
                     writer.write_picture(0, "train/batch", picture)
@@ -223,6 +228,10 @@ class _Training:
                         "continues from there."
                     )
         return evaluation
+
+    def _keep_config(self) -> None:
+        if is_first_process():
+            write_config(self.workdir, self.config)
 
     def _compiled(self, state: TrainState, batch: dict[str, jax.Array]) -> Step:
         started = time.monotonic()
