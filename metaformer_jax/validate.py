@@ -53,7 +53,7 @@ def main(
         config.data.update(
             name="folder",
             root=str(pathlib.Path(options.data).expanduser()),
-            image_size=options.img_size or info.image_size,
+            image_size=info.image_size if options.img_size is None else options.img_size,
             num_workers=options.workers,
         )
         config.update(
