@@ -348,6 +348,16 @@ def test_a_trace_is_taken_of_the_steps_asked_for(finished, tmp_path):
     assert list(tmp_path.rglob("profile/**/*.xplane.pb"))
 
 
+def test_of_steps_that_are_done_no_trace_is_taken_and_of_the_others_the_rest(finished, tmp_path):
+    for last, is_traced in ((23, False), (24, True)):
+        copied = tmp_path / str(last)
+        shutil.copytree(finished[0], copied)
+        config = _config(epochs=2.2, profile_steps=(22, last))
+        _, output = _train(copied, config, accept_config_changes=True)
+        assert ("profiler trace" in output) == is_traced
+        assert bool(list(copied.rglob("profile/**/*.xplane.pb"))) == is_traced
+
+
 def test_an_average_is_evaluated_beside_the_last_parameters(tmp_path):
     config = _config(epochs=1.0, **{"ema.decay": 0.5})
     trained, _ = _train(tmp_path, config)

@@ -195,7 +195,7 @@ class _Training:
                 if step == 1:
                     picture = to_array(_batch_figure(run, batch, 0))
                     writer.write_picture(0, "train/batch", picture)
-                self._trace(trace, step)
+                self._trace(trace, step, start_step)
                 self.guard.expect(step, batches.indices)
                 self.preemption.trained()
                 state, metrics = train_step(state, batch)
@@ -246,16 +246,21 @@ class _Training:
         self.console.print(text, highlight=False)
         return compiled
 
-    def _trace(self, stack: contextlib.ExitStack, step: int) -> None:
-        """Begins a profiler trace before the first of the steps, and ends it after the last."""
+    def _trace(self, stack: contextlib.ExitStack, step: int, start_step: int) -> None:
+        """Begins a profiler trace before the first of the steps, and ends it after the last.
+
+        Of those that were done before this start the rest is traced.
+        """
         if not self.config.profile_steps:
             return
         first, last = self.config.profile_steps
-        if step == first:
-            stack.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
+        folder = self.workdir / "profile"
+        if step == max(first, start_step + 1) and step <= last:
+            # Called when the trace is written, whether by the step after the last or by the end.
+            stack.callback(self.console.print, f"profiler trace: {folder}", highlight=False)
+            stack.enter_context(jax.profiler.trace(str(folder)))
         elif step == last + 1:
             stack.close()
-            self.console.print(f"profiler trace: {self.workdir / 'profile'}", highlight=False)
 
     def _evaluate(self, state: TrainState, step: int, writer: MetricWriter) -> Evaluation:
         """Evaluates, and logs it; the average's evaluation, where there is one."""
