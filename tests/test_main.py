@@ -86,6 +86,16 @@ def test_a_preview_draws_the_first_batch(tmp_path):
         assert image.width > 1000
 
 
+@pytest.mark.parametrize("mode", ["compile", "preview"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(mode, tmp_path):
+    # Whatever looks at more than the output would refuse this mesh.
+    wrong = "--config.mesh.data=3"
+    result = _main(DIGITS, wrong, f"--mode={mode}", f"--output={tmp_path / 'nowhere' / 'output'}")
+    assert result.returncode == 2
+    assert "`output` must be a file that can be written, got" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_the_zoo_prints_counted_beside_published_figures(capsys):
     assert zoo.main(["randformer_s12"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "randformer_s12" in line]

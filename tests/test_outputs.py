@@ -7,7 +7,12 @@ import textwrap
 
 import pytest
 
-from metaformer_jax.weights.outputs import RECORD_NAME, check_output, whole_output
+from metaformer_jax.weights.outputs import (
+    RECORD_NAME,
+    check_can_be_written,
+    check_output,
+    whole_output,
+)
 
 
 def contents(folder):
@@ -94,6 +99,21 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
         write_slowly()
     assert (tmp_path / "out").read_text() == "theirs"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["nowhere/output", "file/output", "."])
+def test_a_file_that_could_not_be_written_in_the_end_is_refused(name, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="`output` must be a file that can be written, got"):
+        check_can_be_written(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_to_ask_whether_a_file_can_be_written_changes_nothing(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    check_can_be_written(tmp_path / "file")
+    check_can_be_written(tmp_path / "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_killed_process_leaves_nothing_that_looks_complete(tmp_path):

@@ -25,6 +25,7 @@ from metaformer_jax.training.memory import Memory, largest_that_fits, memory_of
 from metaformer_jax.training.progress import elapsing
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.topology import topology_devices
+from metaformer_jax.weights.outputs import check_can_be_written
 
 # Batches are searched in steps of so many images on a device, or of whole mixing groups.
 _STEP = 8
@@ -156,11 +157,12 @@ def compile_training(
         What was found, for each topology.
 
     Raises:
-        ValueError: the config is wrong, or there is no such topology.
+        ValueError: the config is wrong, there is no such topology, or the output cannot be written.
         ImportError: TPUs' compiler is not installed.
-        OSError: the output cannot be written.
     """
     console = console or Console()
+    if output is not None:
+        check_can_be_written(output)
     # All names are looked at before the first is compiled, which takes minutes.
     places: list[tuple[str, list[jax.Device]]] = [
         (name, topology_devices(name)) for name in topologies

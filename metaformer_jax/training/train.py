@@ -36,6 +36,7 @@ from metaformer_jax.training.progress import TrainingProgress, elapsing
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.convert import Variables
+from metaformer_jax.weights.outputs import check_can_be_written
 from metaformer_jax.weights.workdir import saved_steps
 
 # Most of a batch that a picture can show at a readable size.
@@ -107,9 +108,9 @@ def preview(
     """Draws the first training batch as the first step sees it, without the model.
 
     Raises:
-        ValueError: the config is wrong.
-        OSError: the output cannot be written.
+        ValueError: the config is wrong, or the output cannot be written.
     """
+    check_can_be_written(output)
     run = Run(config)
     with run.training_batches(0) as batches:
         save(_batch_figure(run, next(batches), 0), output)

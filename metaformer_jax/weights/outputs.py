@@ -5,6 +5,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 # The file by which a converted folder is known, written last.
@@ -43,6 +44,24 @@ def check_output(path: str | os.PathLike[str], *, force: bool, is_folder: bool) 
             "force=True (--force)."
         )
     return path
+
+
+def check_can_be_written(path: pathlib.Path) -> None:
+    """Refuses a file that could not be written after all the work for it; what is there stays.
+
+    Raises:
+        ValueError: it could not.
+    """
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            # Permissions alone do not tell of a disk that is full or read-only.
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"`output` must be a file that can be written, got {str(path)!r}: {error.strerror}."
+        ) from error
 
 
 @contextlib.contextmanager
