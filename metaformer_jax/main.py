@@ -37,6 +37,7 @@ _WORKDIR = flags.DEFINE_string(
     "Folder for checkpoints, metrics and pictures; a run that is there continues. Left out with "
     "--mode=eval, config.model.pretrained is evaluated.",
 )
+_IN_A_WORKDIR = ("train", "eval")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -63,7 +64,8 @@ _COMPILATION_CACHE = flags.DEFINE_bool(
     "compilation_cache",
     True,
     "Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, or in compiled/ of the folder that "
-    "weights are cached in; trainings in several processes in that of their workdir.",
+    "weights are cached in; runs in several processes, or where that cannot be written to, in that "
+    "of their workdir.",
 )
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
     "accept_config_changes", False, "Continue a run though its config was another."
@@ -145,9 +147,17 @@ def main(argv: list[str]) -> None:
     from metaformer_jax.training.compilation_cache import keep_compiled_programs
     from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
+    from metaformer_jax.weights.hub import cache_folder
 
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
-    keep_compiled_programs(enabled=_COMPILATION_CACHE.value and not _TOPOLOGY.value)
+    keeps_programs = _COMPILATION_CACHE.value and not _TOPOLOGY.value
+    folder = keep_compiled_programs(enabled=keeps_programs)
+    if keeps_programs and folder is None and (workdir is None or _MODE.value not in _IN_A_WORKDIR):
+        print(
+            f"warning: compiled programs are not kept: {cache_folder()} cannot be written to. Name "
+            "another folder by $METAFORMER_JAX_CACHE.",
+            file=sys.stderr,
+        )
     try:
         if signal.getsignal(signal.SIGINT) is end_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)

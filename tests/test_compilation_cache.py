@@ -69,6 +69,28 @@ def test_all_processes_of_a_run_find_what_the_first_compiled(tmp_path):
     assert [run(0), run(1), run(0)] == [False, True, True]
 
 
+def test_a_run_keeps_them_in_its_workdir_where_the_default_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    host = {"METAFORMER_JAX_CACHE": str(tmp_path / "file")}
+    there, nowhere = str(tmp_path / "workdir/compiled"), str(tmp_path / "file/compiled")
+    then = f"said = share_compiled_programs(pathlib.Path({there!r}))\n"
+    kept = (
+        f"assert said == 'compiled programs are kept in {there}: {nowhere} cannot be written to.'"
+    )
+    assert [_run(host, then=then + kept)[1] for _ in range(2)] == [False, True]
+    then = f"said = share_compiled_programs(pathlib.Path({nowhere!r}))\n"
+    assert not _run(host, then=then + "assert said.startswith('compiled programs are not kept')")[1]
+
+
+def test_a_run_alone_or_without_a_cache_says_nothing_and_moves_nothing(tmp_path):
+    there = tmp_path / "workdir/compiled"
+    then = f"assert share_compiled_programs(pathlib.Path({str(there)!r})) == ''"
+    assert _run({"METAFORMER_JAX_CACHE": str(tmp_path)}, then=then)[0] == str(tmp_path / "compiled")
+    (tmp_path / "file").touch()
+    _run({"METAFORMER_JAX_CACHE": str(tmp_path / "file")}, enabled=False, then=then)
+    assert not there.exists()
+
+
 def test_the_users_folder_comes_first_and_the_cache_can_be_turned_off(tmp_path):
     environment = {
         "METAFORMER_JAX_CACHE": str(tmp_path / "ours"),

@@ -56,6 +56,18 @@ def test_a_bucket_is_no_workdir():
     assert not (REPOSITORY / "gs:").exists()
 
 
+def test_compiled_programs_that_cannot_be_kept_are_one_warning(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("METAFORMER_JAX_CACHE", str(tmp_path / "file"))
+    warning, error = _main(DIGITS, "--mode=eval").stderr.splitlines()
+    assert warning.startswith("warning: compiled programs are not kept: ")
+    assert error.startswith("error: Either `workdir` must be given")
+    # A training has a folder of its own for them.
+    wrong = _main(DIGITS, "--config.batch_size=0", f"--workdir={tmp_path / 'run'}")
+    assert len(wrong.stderr.splitlines()) == 1
+
+
 def test_training_from_the_command_line_with_overrides(tmp_path):
     arguments = [DIGITS, f"--workdir={tmp_path}", "--config.model.family=identityformer"]
     arguments += ["--config.epochs=0.2", "--config.optimizer.warmup_epochs=0"]

@@ -120,6 +120,16 @@ def test_running_it_again_says_that_it_is_finished(finished):
     assert read_metrics(workdir) == rows
 
 
+def test_where_compiled_programs_are_kept_instead_is_said(finished, monkeypatch):
+    workdir, _, _ = finished
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "share_compiled_programs", lambda folder: f"kept in {folder}.")
+    output = io.StringIO()
+    evaluation.evaluate(_config(), workdir, console=Console(file=output, width=120))
+    for said in (output.getvalue(), _train(workdir)[1]):
+        assert f"kept in {workdir / 'compiled'}.\n" in said
+
+
 def test_evaluating_gives_the_accuracy_of_the_training(finished):
     workdir, trained, _ = finished
     again = evaluation.evaluate(_config(), workdir, console=Console(file=io.StringIO()))

@@ -23,7 +23,7 @@ def keep_compiled_programs(*, enabled: bool = True) -> pathlib.Path | None:
     """Turns JAX's persistent compilation cache on, in the folder that weights are cached in.
 
     Several processes may share it. A folder that the user names, `$JAX_COMPILATION_CACHE_DIR`,
-    comes first; one that cannot be written to is done without.
+    comes first; one that cannot be written to is done without, until a run has another.
 
     Args:
         enabled: False turns the cache off, wherever it would be.
@@ -39,36 +39,45 @@ def keep_compiled_programs(*, enabled: bool = True) -> pathlib.Path | None:
     folder = _default_folder()
     if not _can_be_written(folder):
         return None
-    _set_unless_chosen("jax_compilation_cache_max_size", _MAX_BYTES)
-    _set_unless_chosen("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
-    _remove_unfinished(folder)
+    _prepare(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
 
 
-def share_compiled_programs(folder: pathlib.Path) -> None:
+def share_compiled_programs(folder: pathlib.Path) -> str:
     """Moves what `keep_compiled_programs` turned on to where all processes of a run see it.
 
     Of several processes JAX lets the first alone write what it compiles. The others, on hosts of
-    their own, would look for it in folders that stay empty, and compile at every start. Alone, or
-    where the user chose, nothing is changed.
+    their own, would look for it in folders that stay empty, and compile at every start. Alone,
+    nothing is changed unless the folder of before cannot be written to; and nothing where the user
+    chose.
 
     Args:
         folder: seen by all processes of the run.
+
+    Returns:
+        A sentence where the folder of before cannot be written to; otherwise nothing.
     """
-    is_default = jax.config.values["jax_compilation_cache_dir"] == str(_default_folder())
-    if jax.process_count() == 1 or not is_default:
-        return
+    before, default = jax.config.values["jax_compilation_cache_dir"], _default_folder()
+    is_enabled = jax.config.values["jax_enable_compilation_cache"]
+    is_unwritable = is_enabled and before is None and not _can_be_written(default)
+    is_apart = before == str(default) and jax.process_count() > 1
+    if not (is_unwritable or is_apart):
+        return ""
     if jax.process_index() == 0:
         if not _can_be_written(folder):
-            return
-        _remove_unfinished(folder)
+            neither = f"neither {default} nor {folder} can be written to"
+            return f"compiled programs are not kept: {neither}." if is_unwritable else ""
+        _prepare(folder)
     else:
         # Those who only read delete nothing, and need not wait for each other.
         _set_unless_chosen("jax_compilation_cache_max_size", -1)
     compilation_cache.reset_cache()
     # By the same name from wherever it is called: that is a part of what programs are found by.
     compilation_cache.set_cache_dir(str(folder.absolute()))
+    if not is_unwritable:
+        return ""
+    return f"compiled programs are kept in {folder}: {default} cannot be written to."
 
 
 def _default_folder() -> pathlib.Path:
@@ -83,6 +92,12 @@ def _can_be_written(folder: pathlib.Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def _prepare(folder: pathlib.Path) -> None:
+    _set_unless_chosen("jax_compilation_cache_max_size", _MAX_BYTES)
+    _set_unless_chosen("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    _remove_unfinished(folder)
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:

@@ -90,7 +90,8 @@ def train(
         if is_first_process():
             for sentence in set_aside_damaged(directory):
                 console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
-        share_compiled_programs(workdir / "compiled")
+        if sentence := share_compiled_programs(workdir / "compiled"):
+            console.print(sentence, highlight=False, soft_wrap=True)
         multihost_utils.sync_global_devices("workdir claimed")
         with Checkpoints(directory, keep=config.checkpoint.keep) as checkpoints:
             evaluation = _Training(run, workdir, checkpoints, preemption, console).finish(variables)
