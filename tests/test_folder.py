@@ -77,6 +77,19 @@ def test_files_of_other_kinds_are_left_out_with_a_warning(root):
         assert len(ImageFolder(root, "train")) == 24
 
 
+def test_pipes_are_left_out_with_a_warning_and_links_are_files(root, tmp_path):
+    folder = root / "train" / "n01440764"
+    (tmp_path / "0.jpg").write_bytes(b"")
+    (folder / "0.jpg").symlink_to(tmp_path / "0.jpg")
+    (folder / "1.jpg").symlink_to(tmp_path / "gone.jpg")
+    os.mkfifo(folder / "2.jpg")
+    (folder / "3.jpg").symlink_to(folder / "2.jpg")
+    with pytest.warns(UserWarning, match=r"2 files below .*pipes.*/2\.jpg.*/3\.jpg"):
+        names = _names(ImageFolder(root, "train"))
+    assert len(names) == 26
+    assert names[:2] == ["n01440764/0.jpg", "n01440764/1.jpg"]
+
+
 def test_links_to_classes_are_followed(root, tmp_path):
     moved = tmp_path / "elsewhere"
     (root / "train" / "n01440764").rename(moved)

@@ -136,7 +136,8 @@ def _scan(folder: str, class_names: tuple[str, ...]) -> list[list[bytes]]:
     if ignored:
         warnings.warn(
             f"{len(ignored)} files below {folder} are left out, as Pillow reads nothing with "
-            f"their extension: {_listing(sorted(ignored))}.",
+            "their extension, or they are pipes, sockets or devices: "
+            f"{_listing(sorted(ignored))}.",
             stacklevel=4,
         )
     return files
@@ -146,7 +147,7 @@ def _scan_class(folder: str, ignored: list[str]) -> list[bytes]:
     readable = readable_extensions()
     found = []
     # Sorted as whole paths, "a-b" stands before "a/b".
-    for inner, names in sorted(_walk(folder)):
+    for inner, names in sorted(_walk(folder, ignored)):
         prefix = os.path.relpath(inner, folder) + os.sep if inner != folder else ""
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in readable:
@@ -156,7 +157,7 @@ def _scan_class(folder: str, ignored: list[str]) -> list[bytes]:
     return found
 
 
-def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+def _walk(folder: str, ignored: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Each folder from this one on, with the names of its files; no file is looked at."""
     names = []
     with os.scandir(folder) as entries:
@@ -164,14 +165,18 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
             if entry.name.startswith("."):
                 continue
             if not entry.is_dir():
-                names.append(entry.name)
+                # A pipe would be waited for for ever. A link that leads nowhere is a bad image.
+                if entry.is_file() or not os.path.exists(entry.path):
+                    names.append(entry.name)
+                else:
+                    ignored.append(entry.path)
                 continue
             if entry.is_symlink() and _contains(entry.path, folder):
                 raise ValueError(
                     f"{entry.path} must not lead to a folder above itself, got a link to "
                     f"{os.path.realpath(entry.path)}. Remove the link."
                 )
-            yield from _walk(entry.path)
+            yield from _walk(entry.path, ignored)
     yield folder, names
 
 
