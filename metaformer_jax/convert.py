@@ -71,8 +71,9 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         parser.error("--layout is that of a PyTorch checkpoint: give --reverse as well")
     # A conversion needs no accelerator, and must not take one away from a running program.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from metaformer_jax.weights import write
+    from metaformer_jax.weights import files, write
 
+    args.input, args.output = files.local_path(args.input), [*map(files.local_path, args.output)]
     for path in args.output:
         if args.reverse and not write.is_file_name(path):
             parser.error(f"--reverse writes a file, .pth or .safetensors, not {path}")

@@ -147,9 +147,11 @@ def main(argv: list[str]) -> None:
     from metaformer_jax.training.compilation_cache import keep_compiled_programs
     from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
+    from metaformer_jax.weights.files import local_path
     from metaformer_jax.weights.hub import cache_folder
 
-    workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+    workdir = local_path(_WORKDIR.value) if _WORKDIR.value else None
+    output = local_path(_OUTPUT.value) if _OUTPUT.value else None
     keeps_programs = _COMPILATION_CACHE.value and not _TOPOLOGY.value
     folder = keep_compiled_programs(enabled=keeps_programs)
     if keeps_programs and folder is None and (workdir is None or _MODE.value not in _IN_A_WORKDIR):
@@ -167,7 +169,7 @@ def main(argv: list[str]) -> None:
                 topologies=_TOPOLOGY.value or (),
                 batch_per_device=_BATCH_PER_DEVICE.value,
                 search_largest=_LARGEST_BATCH.value,
-                output=pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None,
+                output=output,
             )
             return
         distributed.initialize(
@@ -179,7 +181,7 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "eval":
             evaluation.evaluate(_CONFIG.value, workdir)
         elif _MODE.value == "preview":
-            train.preview(_CONFIG.value, pathlib.Path(_OUTPUT.value or "batch.png"))
+            train.preview(_CONFIG.value, output or pathlib.Path("batch.png"))
         elif workdir is None:
             _exit_with("`--workdir` must be given to train.", USAGE_ERROR)
         else:

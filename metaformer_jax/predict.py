@@ -157,11 +157,11 @@ def _predict(args: argparse.Namespace) -> int:
             print(f"error: {problem}", file=sys.stderr)
         return _failed(problems[-1])
     for output in (args.output, args.explain):
-        if output and output.resolve() in {path.resolve() for path in paths}:
+        if output and output.expanduser().resolve() in {path.resolve() for path in paths}:
             return _failed(f"{output} is a picture to predict, and would be replaced.")
     class_names = None
     if args.class_names:
-        class_names = args.class_names.read_text(encoding="utf-8").splitlines()
+        class_names = args.class_names.expanduser().read_text(encoding="utf-8").splitlines()
 
     from metaformer_jax.inference.classifier import load_classifier
     from metaformer_jax.weights.outputs import whole_output

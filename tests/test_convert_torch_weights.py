@@ -93,6 +93,14 @@ def test_there_and_back_in_both_layouts_is_bit_identical(run, files, tmp_path):
         assert all(np.array_equal(tensors[key], expected[key]) for key in expected)
 
 
+def test_a_tilde_in_a_flag_is_the_home_folder(run, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sail.pth").symlink_to(files / "sail.pth")
+    code, _, errors = run("~/sail.pth", "--model", NAME, "--output=~/there.safetensors")
+    assert code == 0, errors
+    assert everything_in(tmp_path) == ["sail.pth", "there.safetensors"]
+
+
 def test_the_record_says_where_the_weights_come_from(run, files, tmp_path):
     code, out, _ = run(files / "timm.pth", "--model", NAME, "--output", "converted")
     assert code == 0

@@ -68,6 +68,13 @@ def test_compiled_programs_that_cannot_be_kept_are_one_warning(tmp_path, monkeyp
     assert len(wrong.stderr.splitlines()) == 1
 
 
+def test_a_tilde_that_no_shell_has_seen_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"got '{tmp_path}/run'" in _main(DIGITS, "--mode=eval", "--workdir=~/run").stderr
+    result = _main(DIGITS, "--mode=preview", "--output=~/nowhere/batch.png")
+    assert f"got '{tmp_path}/nowhere/batch.png'" in result.stderr
+
+
 def test_training_from_the_command_line_with_overrides(tmp_path):
     arguments = [DIGITS, f"--workdir={tmp_path}", "--config.model.family=identityformer"]
     arguments += ["--config.epochs=0.2", "--config.optimizer.warmup_epochs=0"]

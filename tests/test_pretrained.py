@@ -17,7 +17,7 @@ from flax import nnx
 
 import metaformer_jax
 from metaformer_jax import create_model, load_weights, save_weights
-from metaformer_jax.weights import CheckpointError, read_record
+from metaformer_jax.weights import CheckpointError, map_head_to_imagenet_1k, read_record
 from metaformer_jax.weights.convert import to_variables, variables_of
 from metaformer_jax.weights.files import write_tensors
 from metaformer_jax.weights.pretrained import build_abstract
@@ -206,6 +206,19 @@ def test_what_keys_cannot_tell_apart_the_name_does(tmp_path):
     save_weights(model, portable, name="poolformerv2_s12")
     with pytest.raises(CheckpointError, match="looks like poolformerv2_s12"):
         create_model(SMALL, pretrained=portable, rngs=nnx.Rngs(0))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "converted")
+    model = create_model(SMALL, pretrained="~/converted", rngs=nnx.Rngs(0))
+    assert read_record("~/converted").model == SMALL
+    save_weights(model, "~/saved.safetensors", name=SMALL)
+    load_weights(model, "~/saved.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "saved.safetensors"]
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing"):
+        map_head_to_imagenet_1k(build_abstract(SMALL, num_classes=21841), "~/nothing")
 
 
 def test_a_path_to_nothing_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from metaformer_jax.inference import trained
 from metaformer_jax.models import MetaFormer, MetaFormerSpec, model_info
 from metaformer_jax.weights import CheckpointError, hub
 from metaformer_jax.weights.convert import to_variables
+from metaformer_jax.weights.files import local_path
 from metaformer_jax.weights.pretrained import fill
 from metaformer_jax.weights.read import read_checkpoint
 from metaformer_jax.weights.recognition import recognise
@@ -111,7 +112,7 @@ def load_classifier(
                 "metaformer_jax.list_models() and `metaformer-jax zoo` list the published ones."
             )
         weights = hub.converted_file(name)
-    path = pathlib.Path(weights).expanduser()
+    path = local_path(weights)
     told = trained.read_settings(path)
     checkpoint = read_checkpoint(path, name=name or told.name)
     found = recognise(checkpoint.tensors)

@@ -14,7 +14,7 @@ import numpy as np
 from metaformer_jax.models import MetaFormer
 from metaformer_jax.weights.convert import Variables, variables_of
 from metaformer_jax.weights.errors import CheckpointError, first_line
-from metaformer_jax.weights.files import OWN_KEY, read_metadata, write_tensors
+from metaformer_jax.weights.files import OWN_KEY, local_path, read_metadata, write_tensors
 from metaformer_jax.weights.integrity import verify, write_checksums
 from metaformer_jax.weights.layouts import dotted
 from metaformer_jax.weights.outputs import RECORD_NAME, whole_output
@@ -134,7 +134,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     Raises:
         CheckpointError: there is none, or it is damaged or of a later version.
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     try:
         if path.is_file():
             text = read_metadata(path).get(OWN_KEY)

@@ -37,6 +37,11 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _MAX_HEADER_BYTES = 16 << 20
 
 
+def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path that a user means: no shell has seen the `~` of a config or of `--flag=~/x`."""
+    return pathlib.Path(os.path.expanduser(path))
+
+
 def check_is_file(path: str | os.PathLike[str]) -> pathlib.Path:
     """The path, if a file is there.
 
@@ -44,7 +49,7 @@ def check_is_file(path: str | os.PathLike[str]) -> pathlib.Path:
         FileNotFoundError: nothing is there.
         CheckpointError: something else, or an empty file.
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     if not path.exists():
         raise FileNotFoundError(f"`path` must be an existing checkpoint, got {path}.")
     if not path.is_file():

@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from metaformer_jax.weights.files import local_path
+
 # The file by which a converted folder is known, written last.
 RECORD_NAME = "metaformer.json"
 
@@ -24,7 +26,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool, is_folder: bool) 
     Raises:
         FileExistsError: something is there that must not be replaced.
     """
-    path = pathlib.Path(path).absolute()
+    path = local_path(path).absolute()
     path = path.parent.resolve() / path.name
     if not os.path.lexists(path):
         return path

@@ -16,6 +16,7 @@ from metaformer_jax.weights.files import (
     OWN_KEY,
     SAFETENSORS,
     check_is_file,
+    local_path,
     read_metadata,
     read_tensors,
     sha256,
@@ -52,7 +53,7 @@ def read_checkpoint(
         CheckpointError: damaged, no checkpoint, or of another model.
         FileNotFoundError: nothing is at the path.
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     record = None
     source: dict[str, Any] = {}
     if path.is_dir():

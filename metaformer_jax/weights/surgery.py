@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from flax import nnx
 
 from metaformer_jax.models import MetaFormer, RandomMixing
 from metaformer_jax.models.metaformer import check_rate
+from metaformer_jax.weights.files import local_path
 
 NUM_IMAGENET_1K = 1000
 NUM_IMAGENET_21K = 21841
@@ -161,7 +161,7 @@ def _resample(matrix: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> 
 
 def _read_class_map(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     try:
-        content = json.loads(pathlib.Path(path).read_text())
+        content = json.loads(local_path(path).read_text())
         target, source = (np.asarray(content[key]) for key in ("in1k_idx", "in21k_idx"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
