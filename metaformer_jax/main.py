@@ -17,15 +17,13 @@ from metaformer_jax.training.exit_codes import (
     TRAINING_FAILED,
     USAGE_ERROR,
     end_at_once,
+    end_at_once_when_told,
 )
 
 if __name__ == "__main__":
     # There is nothing to save before the training, nor after it; in it `Preemption` takes over.
-    signal.signal(signal.SIGTERM, end_at_once)
-    # The imports take seconds, and some do not survive the usual exception. A shell's background
-    # jobs ignore Ctrl-C, and are to go on doing so.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, end_at_once)
+    # The imports to come take seconds, and some do not survive the exception of a Ctrl-C.
+    end_at_once_when_told()
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -161,8 +159,6 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
     try:
-        if signal.getsignal(signal.SIGINT) is end_at_once:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         if _MODE.value == "compile":
             compile.compile_training(
                 _CONFIG.value,
@@ -178,6 +174,11 @@ def main(argv: list[str]) -> None:
             _PROCESS_ID.value,
             distributed=_DISTRIBUTED.value,
         )
+        # JAX has taken SIGTERM for a training of several processes, and asks nobody else.
+        if _MODE.value != "train" and signal.getsignal(signal.SIGTERM) is end_at_once:
+            signal.signal(signal.SIGTERM, end_at_once)
+        if signal.getsignal(signal.SIGINT) is end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if _MODE.value == "eval":
             evaluation.evaluate(_CONFIG.value, workdir)
         elif _MODE.value == "preview":

@@ -91,14 +91,14 @@ def _die_after_the_commit(n):
 
 
 def _die_in_an_evaluation(n):
-    from metaformer_jax.training import train
+    from metaformer_jax.training import evaluation, train
 
-    original, batch = train.evaluate_state, _nth(n, _die)
+    original, batch = evaluation.evaluate_state, _nth(n, _die)
 
     def evaluate_state(*args, is_stopped=lambda: False, **kwargs):
         return original(*args, is_stopped=lambda: bool(batch()) or is_stopped(), **kwargs)
 
-    train.evaluate_state = evaluate_state
+    train.evaluate_state = evaluation.evaluate_state = evaluate_state
 
 
 def _die_in_a_line_of_the_metrics(n):
@@ -156,7 +156,16 @@ def _die_in_an_import(name):
     sys.meta_path.insert(0, Finder())
 
 
+def _die_while_others_are_waited_for(seconds):
+    import jax
+
+    later = threading.Timer(seconds, _die)
+    later.daemon = True
+    _before(jax.distributed, "initialize", lambda *_: later.start())
+
+
 MOMENTS = {
+    "join": _die_while_others_are_waited_for,
     "import": _die_in_an_import,
     "step": _die_in_a_step,
     "save": _die_in_a_save,

@@ -49,7 +49,18 @@ def test_interrupted_while_it_starts_it_ends_with_one_line(module, tmp_path):
     tamper = {"die": ["import", module], "by": "SIGINT"}
     code, output, errors = runs.end(runs.start(tmp_path / "new", tamper=tamper))
     assert (code, output) == (INTERRUPTED, "")
-    assert errors == "error: stopped before anything was done.\n"
+    assert errors == "error: stopped: there was nothing to save yet.\n"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", PREEMPTED), ("SIGINT", INTERRUPTED)])
+def test_told_while_it_waits_for_others_to_join_it_ends_at_once(name, code, tmp_path):
+    # Nobody listens there; it would be tried for minutes.
+    others = ["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=1"]
+    tamper = {"die": ["join", 0.5], "by": name}
+    process = runs.start(tmp_path / "new", *others, tamper=tamper)
+    with runs.ended(process):
+        assert runs.end(process, seconds=60)[0] == code
     assert not (tmp_path / "new").exists()
 
 

@@ -100,6 +100,13 @@ def test_an_error_of_one_of_two_processes_ends_both(tmp_path):
     assert code in (TRAINING_FAILED, -signal.SIGABRT)
 
 
+def test_an_evaluation_by_two_processes_ends_when_told(undisturbed):
+    tamper = {"die": ["evaluation", 1], "by": "SIGTERM"}
+    processes = runs.start_two(undisturbed, "--mode=eval", tampers=(None, tamper))
+    with runs.ended(*processes):
+        assert runs.end(processes[1], seconds=120)[0] == PREEMPTED
+
+
 def test_two_processes_with_a_workdir_each_both_end_at_the_start(tmp_path):
     processes = runs.start_two(tmp_path / "first", second_workdir=tmp_path / "second")
     with runs.ended(*processes):
