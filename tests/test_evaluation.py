@@ -1,12 +1,20 @@
-"""The figures of an evaluation, from what the devices tell of each example."""
+"""What is evaluated, and the figures of it, from what the devices tell of each example."""
 
 import contextlib
+import io
+import json
+import shutil
 import types
 
 import numpy as np
 import pytest
+import small_run
+from rich.console import Console
 
-from metaformer_jax.training.evaluation import evaluate_state
+from metaformer_jax.training import settings
+from metaformer_jax.training.claim import check_same_network
+from metaformer_jax.training.evaluation import evaluate, evaluate_state
+from metaformer_jax.training.run import Run
 
 
 def test_only_what_is_there_counts_and_five_ranks_are_the_top():
@@ -35,3 +43,84 @@ def test_only_what_is_there_counts_and_five_ranks_are_the_top():
     assert evaluation.loss == pytest.approx(3.0)
     assert evaluation.indices.tolist() == [10, 11, 12, 13, 14]
     assert str(evaluation) == "accuracy 20.00% (1 of 5)  top-5 60.00% (3 of 5)  loss 3.0000"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a run without a published name, and its config."""
+    workdir = tmp_path_factory.mktemp("run")
+    _, config = small_run.make(workdir, family="poolformerv2")
+    return workdir, config
+
+
+def _changed(config, **changes):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def _evaluate(config, workdir=None):
+    output = io.StringIO()
+    return evaluate(config, workdir, console=Console(file=output, width=120)), output.getvalue()
+
+
+OTHER_NETWORKS = [
+    # Its parameters have the same names and shapes.
+    ({"model.family": "identityformer"}, r"\n  model.family: poolformerv2 -> identityformer\n"),
+    ({"model.depths": (1, 1, 2, 1)}, r"\n  model.depths: \[1, 1, 1, 1\] -> \[1, 1, 2, 1\]\n"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER_NETWORKS)
+def test_a_run_is_not_evaluated_as_another_network(run, changes, message):
+    workdir, config = run
+    with pytest.raises(ValueError, match=rf"must be used with the network that .*{message}"):
+        _evaluate(_changed(config, **changes), workdir)
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER_NETWORKS)
+def test_no_other_network_starts_from_the_weights_of_a_run(run, changes, message):
+    workdir, config = run
+    other = _changed(config, **changes, **{"model.pretrained": str(workdir)})
+    with pytest.raises(ValueError, match=rf"must be used with the network that .*{message}"):
+        Run(other).pretrained_variables()
+
+
+def test_a_network_may_be_described_by_its_name_or_its_size(tmp_path):
+    _, config = small_run.make(tmp_path, family="poolformerv2", size="s12")
+    named = {"model.name": "poolformerv2_s12", "model.family": "", "model.depths": ()}
+    run = Run(_changed(config, **named))
+    check_same_network(tmp_path, run.config, run.engine.model.spec)
+
+
+def test_a_network_of_an_unknown_family_is_told_by_that(run, tmp_path):
+    """As where the program that adds it is another."""
+    _, config = run
+    theirs = settings.as_json(config) | {"model.family": "fourier"}
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    with pytest.raises(ValueError, match=r"\n  model.family: fourier -> poolformerv2\n"):
+        check_same_network(tmp_path, config, Run(config).engine.model.spec)
+
+
+def test_images_are_normalised_as_the_run_learnt_it_or_not_evaluated(run):
+    workdir, config = run
+    with pytest.raises(
+        ValueError, match=r"the normalisation .*\n  data.std: \[0.376\] -> \[0.5\]\n"
+    ):
+        _evaluate(_changed(config, **{"data.std": (0.5,)}), workdir)
+
+
+def test_another_size_and_crop_of_the_images_may_be_tried(run):
+    workdir, config = run
+    as_trained, _ = _evaluate(config, workdir)
+    larger = {"data.image_size": 40, "eval_crop_fraction": 0.9, "eval_interpolation": "bilinear"}
+    evaluated, _ = _evaluate(_changed(config, **larger), workdir)
+    assert evaluated.loss != as_trained.loss
+
+
+def test_a_garbled_config_of_a_run_is_refused_by_its_name(run, tmp_path):
+    workdir, config = run
+    shutil.copytree(workdir, tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_bytes(b'{"model.family"')
+    with pytest.raises(ValueError, match=r"copy/config.json must be the JSON that a run wrote"):
+        _evaluate(config, tmp_path / "copy")

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+import small_run
 from flax import nnx
 from small_run import save
 from test_convert_torch_weights import load_program
@@ -81,6 +82,15 @@ def test_a_run_goes_back_to_pytorch_under_its_own_name(workdir, tmp_path, capsys
     expected = reference.state_dict(NAME, "sail")
     assert tensors.keys() == expected.keys()
     assert all(np.array_equal(tensors[key], expected[key]) for key in expected)
+
+
+def test_a_run_of_a_published_size_is_read_by_that_name_alone(tmp_path):
+    """IdentityFormer has the keys and shapes of PoolFormerV2."""
+    small_run.make(tmp_path, family="poolformerv2", size="s12")
+    settings = {"pretrained": tmp_path, "num_classes": 10, "in_channels": 1}
+    create_model("poolformerv2_s12", **settings, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match=r"called poolformerv2_s12: .* Name that model"):
+        create_model("identityformer_s12", **settings, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("damage", ["nothing saved", "uncommitted", "garbled"])

@@ -12,7 +12,10 @@ from typing import Any
 
 import ml_collections
 
+from metaformer_jax.models import MetaFormerSpec
 from metaformer_jax.training import settings
+from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.workdir import read_config, spec
 
 try:
     import fcntl
@@ -20,6 +23,9 @@ except ImportError:  # Windows, where nothing keeps two runs apart.
     fcntl = None  # type: ignore[assignment]
 
 _LOCK_NAME = "run.lock"
+_ARCHITECTURE = tuple(f"model.{field}" for field in ("name", "family", "depths", "dims"))
+# Weights learn with these; size, crop and filter may be tried out.
+_NORMALISATION = ("data.mean", "data.std")
 
 
 @contextlib.contextmanager
@@ -65,6 +71,50 @@ def claimed_workdir(
         yield
 
 
+def check_same_network(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, mine: MetaFormerSpec
+) -> None:
+    """Compares the network with the one that the run trained.
+
+    Parameters do not tell networks apart whose mixers have none.
+
+    Args:
+        workdir: the run's folder.
+        config: describes the network, as the message says.
+        mine: the network.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    # The same may be described by a name, or as that size of its family.
+    if spec(workdir) != mine:
+        _refuse(workdir, config, _ARCHITECTURE, "network")
+
+
+def check_same_normalisation(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Compares how images are normalised with how the run did it.
+
+    Raises:
+        CheckpointError: otherwise.
+    """
+    _refuse(workdir, config, _NORMALISATION, "normalisation of images")
+
+
+def _refuse(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, fields: tuple[str, ...], what: str
+) -> None:
+    theirs, mine = read_config(workdir), settings.as_json(config)
+    there_are = [field for field in fields if field in theirs]
+    changes = settings.differences(
+        {field: theirs[field] for field in there_are}, {field: mine[field] for field in there_are}
+    )
+    if changes:
+        raise CheckpointError(
+            f"The weights in {workdir} must be used with the {what} that they were trained with, "
+            "got other values:\n" + "\n".join(changes) + "\nGive those of the run."
+        )
+
+
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[None]:
     path = workdir / _LOCK_NAME
@@ -107,15 +157,7 @@ def _described(content: bytes) -> str:
 
 
 def _check_same(path: pathlib.Path, mine: dict[str, Any]) -> None:
-    try:
-        theirs = json.loads(path.read_bytes())
-        assert isinstance(theirs, dict)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(
-            f"{path} must be the JSON that a run wrote, got something else. Restore it, or write "
-            "it anew by --accept_config_changes."
-        ) from error
-    if changes := settings.differences(theirs, mine):
+    if changes := settings.differences(read_config(path.parent), mine):
         raise ValueError(
             f"`workdir` must be new or made by the same config, but {str(path.parent)!r} was made "
             "with other values:\n" + "\n".join(changes) + "\nUse another --workdir, or continue "

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 from rich.console import Console
 
+from metaformer_jax.training.claim import check_same_network, check_same_normalisation
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.pictures import draw_misclassified
 from metaformer_jax.training.progress import evaluation_progress
@@ -132,6 +133,8 @@ def evaluate(
             f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with "
             "--mode=train; or leave it out to evaluate config.model.pretrained."
         )
+    check_same_network(workdir, config, run.engine.model.spec)
+    check_same_normalisation(workdir, config)
     there_are = entries(workdir)
     names = {"params": "last parameters", "ema": "their average"} if there_are[1:] else {}
     for entry in there_are:

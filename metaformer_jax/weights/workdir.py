@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from metaformer_jax.models import FAMILIES, MetaFormerSpec, model_spec
 from metaformer_jax.weights.converted import flat_tensors, orbax_handler
 from metaformer_jax.weights.errors import CheckpointError, first_line
 from metaformer_jax.weights.integrity import verify
@@ -54,12 +55,55 @@ def is_workdir(path: pathlib.Path) -> bool:
     return (path / _CHECKPOINTS).is_dir()
 
 
-def model_name(path: pathlib.Path) -> str | None:
-    """The published name that the run trains; None for a network of its own."""
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """The values by field that the run wrote beside its checkpoints; {} where none are there.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = path / "config.json"
     try:
-        return json.loads((path / "config.json").read_text())["model.name"] or None
-    except (OSError, KeyError, TypeError, ValueError):
-        return None
+        config = json.loads(file.read_bytes())
+        assert isinstance(config, dict)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"{file} must be the JSON that a run wrote, got something else. Restore it, or write "
+            "it anew by training on with --accept_config_changes."
+        ) from error
+    return config
+
+
+def model_name(path: pathlib.Path) -> str | None:
+    """The published name that the run trains; None for a network of its own.
+
+    Raises:
+        CheckpointError: the run's config is damaged.
+    """
+    return read_config(path).get("model.name") or None
+
+
+def spec(path: pathlib.Path) -> MetaFormerSpec | None:
+    """The network that the run trains, by its config; None if its family is not known here.
+
+    Raises:
+        CheckpointError: the run's config is damaged.
+    """
+    config = read_config(path)
+    try:
+        if name := config.get("model.name"):
+            return model_spec(name)
+        if config.get("model.family") not in FAMILIES:
+            return None
+        return FAMILIES[config["model.family"]].spec(
+            depths=tuple(config["model.depths"]), dims=tuple(config["model.dims"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / 'config.json'} must be the config that the run wrote, got "
+            f"{type(error).__name__}: {error}."
+        ) from error
 
 
 def entries(path: pathlib.Path) -> list[str]:
