@@ -9,12 +9,16 @@ import types
 import numpy as np
 import pytest
 import small_run
+from flax import nnx
 from rich.console import Console
 
-from metaformer_jax.training import settings
+from metaformer_jax.training import evaluation, settings
+from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.claim import check_same_network
 from metaformer_jax.training.evaluation import evaluate, evaluate_state
 from metaformer_jax.training.run import Run
+from metaformer_jax.weights.convert import variables_of
+from metaformer_jax.weights.workdir import saved_steps
 
 
 def test_only_what_is_there_counts_and_five_ranks_are_the_top():
@@ -124,3 +128,61 @@ def test_a_garbled_config_of_a_run_is_refused_by_its_name(run, tmp_path):
     (tmp_path / "copy" / "config.json").write_bytes(b'{"model.family"')
     with pytest.raises(ValueError, match=r"copy/config.json must be the JSON that a run wrote"):
         _evaluate(config, tmp_path / "copy")
+
+
+@pytest.fixture
+def live(tmp_path):
+    """A run with an average, its config, and what saves a step of it and deletes the one before."""
+    model, config = small_run.make(tmp_path)
+    flat = {path: np.asarray(variable[...]) for path, variable in variables_of(model).items()}
+
+    def save(step):
+        params, ema = (
+            nnx.traversals.unflatten_mapping({path: size * flat[path] for path in flat})
+            for size in (np.float32(step), np.float32(10 * step))
+        )
+        with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+            small_run.save(checkpoints, step, params, {}, ema=ema)
+
+    save(2)
+    for older in saved_steps(tmp_path / "checkpoints")[1:]:
+        shutil.rmtree(tmp_path / "checkpoints" / str(older))
+    return tmp_path, config, flat, save
+
+
+def test_parameters_and_average_are_those_of_one_step_though_the_run_goes_on(live, monkeypatch):
+    workdir, config, flat, save = live
+    evaluated = []
+
+    def while_the_run_goes_on(run, state, **_):
+        if not evaluated:
+            save(3)
+        evaluated.append(np.asarray(state.params["norm"]["scale"]))
+        return "an evaluation"
+
+    monkeypatch.setattr(evaluation, "evaluate_state", while_the_run_goes_on)
+    _, output = _evaluate(config, workdir)
+    scale = flat["norm", "scale"]
+    np.testing.assert_array_equal(evaluated, [2 * scale, 20 * scale])
+    assert output.startswith(f"evaluating step 2 of {workdir}\n")
+
+
+def test_a_step_that_the_run_deletes_while_it_is_read_gives_way_to_the_next(live, monkeypatch):
+    workdir, config, flat, save = live
+    read_step, evaluated = evaluation.read_step, []
+
+    def while_the_run_goes_on(path, step):
+        if step == 2:
+            save(3)
+            shutil.rmtree(path / "checkpoints" / "2", ignore_errors=True)
+        return read_step(path, step)
+
+    monkeypatch.setattr(evaluation, "read_step", while_the_run_goes_on)
+    monkeypatch.setattr(
+        evaluation, "evaluate_state", lambda _, state, **__: evaluated.append(state)
+    )
+    _, output = _evaluate(config, workdir)
+    assert output.startswith(f"evaluating step 3 of {workdir}\n")
+    scale = flat["norm", "scale"]
+    last, average = (np.asarray(state.params["norm"]["scale"]) for state in evaluated)
+    np.testing.assert_array_equal([last, average], [3 * scale, 30 * scale])

@@ -332,7 +332,8 @@ def test_an_average_is_evaluated_beside_the_last_parameters(tmp_path):
     output = io.StringIO()
     again = evaluation.evaluate(_config(), tmp_path, console=Console(file=output, width=120))
     assert again.loss == pytest.approx(trained.loss, rel=1e-6)
-    last, average = output.getvalue().splitlines()
+    step, last, average = output.getvalue().splitlines()
+    assert step.startswith("evaluating step 11 of ")
     assert last.startswith("last parameters  accuracy")
     assert average.startswith("their average    accuracy")
     assert f"{row['eval/accuracy']:.2%}" in last

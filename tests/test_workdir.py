@@ -15,6 +15,7 @@ from test_convert_torch_weights import load_program
 from metaformer_jax import create_model
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.weights import CheckpointError
+from metaformer_jax.weights import workdir as weights_workdir
 from metaformer_jax.weights.convert import to_variables, variables_of
 from metaformer_jax.weights.files import read_tensors
 from metaformer_jax.weights.pretrained import build_abstract
@@ -91,6 +92,26 @@ def test_a_run_of_a_published_size_is_read_by_that_name_alone(tmp_path):
     create_model("poolformerv2_s12", **settings, rngs=nnx.Rngs(0))
     with pytest.raises(CheckpointError, match=r"called poolformerv2_s12: .* Name that model"):
         create_model("identityformer_s12", **settings, rngs=nnx.Rngs(0))
+
+
+def test_where_the_run_deletes_what_is_read_the_next_is_read(
+    workdir, variables, tmp_path, monkeypatch
+):
+    checkpoints = shutil.copytree(workdir, tmp_path / "copy") / "checkpoints"
+    newer = shutil.move(checkpoints / "10", tmp_path / "newer")
+    verify = weights_workdir.verify_checkpoint
+
+    def while_the_run_goes_on(folder):
+        if newer.exists():
+            newer.rename(checkpoints / "10")
+            # Files vanish one by one.
+            shutil.rmtree(checkpoints / "9" / "state")
+        verify(folder)
+
+    monkeypatch.setattr(weights_workdir, "verify_checkpoint", while_the_run_goes_on)
+    model = create_model(NAME, pretrained=checkpoints.parent, rngs=nnx.Rngs(0))
+    for path, variable in variables_of(model).items():
+        np.testing.assert_array_equal(variable[...], variables[path])
 
 
 @pytest.mark.parametrize("damage", ["nothing saved", "uncommitted", "garbled"])

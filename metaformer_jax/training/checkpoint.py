@@ -155,8 +155,8 @@ class Checkpoints:
                 f"without ({reason[:200]}):\n" + "\n".join(changes)
             )
         return (
-            f"{folder} must be a whole checkpoint, got: {reason[:200]}. Remove this folder to "
-            "continue from the checkpoint before it."
+            f"{folder} must be a whole checkpoint, got: {reason[:200]}. Move this folder elsewhere "
+            "to continue from the checkpoint before it."
         )
 
     def pending_metrics(self) -> list[dict[str, float]]:

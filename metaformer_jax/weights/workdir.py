@@ -106,17 +106,16 @@ def spec(path: pathlib.Path) -> MetaFormerSpec | None:
         ) from error
 
 
-def entries(path: pathlib.Path) -> list[str]:
-    """What the newest checkpoint holds weights under: "params", and "ema" for their average.
+def read_step(path: pathlib.Path, step: int) -> dict[str, dict[str, np.ndarray]]:
+    """The tensors of a checkpoint in the flax layout, by what it holds weights under.
+
+    That is "params", and "ema" for their average, in this order.
 
     Raises:
-        CheckpointError: there is no complete one, or it is damaged.
+        CheckpointError: it is damaged, or has been deleted.
     """
-    state = _newest_state(path)
-    with _explained(state):
-        verify_checkpoint(state.parent)
-        metadata = orbax_handler().metadata(state).tree
-        return [entry for entry in ("params", "ema") if metadata.get(entry)]
+    state = _state(path, step)
+    return {entry: _read_entry(state, entry) for entry in _verified_entries(state)}
 
 
 def read_workdir(
@@ -132,15 +131,52 @@ def read_workdir(
     Raises:
         CheckpointError: there is no complete one, it is damaged, or has no such entry.
     """
+    while True:
+        step = newest_step(path)
+        state = _state(path, step)
+        try:
+            there_are = _verified_entries(state)
+            chosen = entry or there_are[-1]
+            if chosen not in there_are:
+                raise CheckpointError(
+                    f"`entry` must be {' or '.join(map(repr, there_are))} for {path}, got "
+                    f"{entry!r}."
+                )
+            return _read_entry(state, chosen), f"{chosen} of step {step}"
+        except CheckpointError:
+            # A run that goes on deletes it when it has saved another.
+            if newest_step(path) == step:
+                raise
+
+
+def newest_step(path: pathlib.Path) -> int:
+    """The step of the newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    steps = saved_steps(path / _CHECKPOINTS)
+    if not steps:
+        raise CheckpointError(
+            f"`path` must be a run with a checkpoint, got {path}, which has none yet."
+        )
+    return steps[0]
+
+
+def _state(path: pathlib.Path, step: int) -> pathlib.Path:
+    return (path / _CHECKPOINTS / str(step) / "state").absolute()
+
+
+def _verified_entries(state: pathlib.Path) -> list[str]:
+    with _explained(state):
+        verify_checkpoint(state.parent)
+        metadata = orbax_handler().metadata(state).tree
+        return [entry for entry in ("params", "ema") if metadata.get(entry)]
+
+
+def _read_entry(state: pathlib.Path, entry: str) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
-    there_are = entries(path)
-    entry = entry or there_are[-1]
-    if entry not in there_are:
-        raise CheckpointError(
-            f"`entry` must be {' or '.join(map(repr, there_are))} for {path}, got {entry!r}."
-        )
-    state = _newest_state(path)
     handler = orbax_handler()
     with _explained(state):
         metadata: dict[str, Any] = handler.metadata(state).tree
@@ -151,18 +187,7 @@ def read_workdir(
             state,
             args=ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True),
         )
-    tensors = {key: array for tree in restored.values() for key, array in flat_tensors(tree)}
-    return tensors, f"{entry} of step {state.parent.name}"
-
-
-def _newest_state(path: pathlib.Path) -> pathlib.Path:
-    folder = path / _CHECKPOINTS
-    steps = saved_steps(folder)
-    if not steps:
-        raise CheckpointError(
-            f"`path` must be a run with a checkpoint, got {path}, which has none yet."
-        )
-    return (folder / str(steps[0]) / "state").absolute()
+    return {key: array for tree in restored.values() for key, array in flat_tensors(tree)}
 
 
 @contextlib.contextmanager
@@ -173,6 +198,6 @@ def _explained(state: pathlib.Path) -> Iterator[None]:
     except Exception as error:
         reason = first_line(error).rstrip(".")
         raise CheckpointError(
-            f"{state.parent} must be a whole checkpoint of a training run, got: {reason}. Remove "
-            "this folder to read the checkpoint before it."
+            f"{state.parent} must be a whole checkpoint of a training run, got: {reason}. Move "
+            "this folder elsewhere to read the checkpoint before it."
         ) from error
