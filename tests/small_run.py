@@ -56,4 +56,4 @@ def save(checkpoints, step, params, frozen, ema=None):
         ema=ema or {},
         num_skipped=np.int32(0),
     )
-    checkpoints.save(state, {"accuracy": 0.5}, [], recipes.digits())
+    checkpoints.save(state, [], recipes.digits())

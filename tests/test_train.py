@@ -1,5 +1,6 @@
 """A run from a config: what it leaves behind, and that an interrupted one becomes the same."""
 
+import dataclasses
 import io
 import json
 import os
@@ -276,6 +277,30 @@ def test_a_run_told_to_end_saves_and_goes_on_bit_for_bit(finished, tmp_path, mon
     _, output = _train(tmp_path)
     assert "continuing after step 10" in output
     _assert_same_run(tmp_path, finished[0], _config())
+
+
+def test_the_best_stays_though_its_evaluation_was_broken_off(tmp_path, monkeypatch):
+    evaluate_state = train.evaluate_state
+    accuracies = iter([None, 0.9, 0.1, 0.2, 0.3])
+
+    def evaluated(*args, **kwargs):
+        accuracy = next(accuracies)
+        if accuracy is None:
+            raise evaluation.StoppedError
+        return dataclasses.replace(evaluate_state(*args, **kwargs), accuracy=accuracy)
+
+    monkeypatch.setattr(train, "evaluate_state", evaluated)
+    config = _config(**{"checkpoint.keep": 1})
+    with pytest.raises(PreemptedError, match="step 12 of 23 is saved"):
+        _train(tmp_path, config)
+    _train(tmp_path, config)
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(saved) == [12, 23]
+    # The next start knows of it by the metrics.
+    config.epochs = 3.0
+    _train(tmp_path, config, accept_config_changes=True)
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(saved) == [12, 34]
 
 
 def test_a_checkpoint_is_read_on_another_mesh(finished):

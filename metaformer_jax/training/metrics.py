@@ -207,6 +207,15 @@ def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) ->
     )
 
 
+def read_accuracies(workdir: pathlib.Path) -> dict[int, float]:
+    """The accuracy of each evaluated step: of the moving average where the run keeps one."""
+    return {
+        row["step"]: row.get("eval_ema/accuracy", row["eval/accuracy"])
+        for row in read_metrics(workdir)
+        if "eval/accuracy" in row
+    }
+
+
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`, without a last one that was cut short; [] if none."""
     path = workdir / "metrics.jsonl"

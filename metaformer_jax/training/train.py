@@ -29,7 +29,12 @@ from metaformer_jax.training.evaluation import (
 )
 from metaformer_jax.training.guard import Guard
 from metaformer_jax.training.memory import memory_of
-from metaformer_jax.training.metrics import MetricWriter, PendingMetrics, read_metrics
+from metaformer_jax.training.metrics import (
+    MetricWriter,
+    PendingMetrics,
+    read_accuracies,
+    read_metrics,
+)
 from metaformer_jax.training.pictures import batch_figure, draw_curves, save, to_array
 from metaformer_jax.training.preemption import PreemptedError, Preemption
 from metaformer_jax.training.progress import TrainingProgress, elapsing
@@ -144,6 +149,10 @@ class _Training:
         """Trains to the end, from the newest checkpoint on or from these values."""
         run, engine = self._run, self._run.engine
         start_step = self.checkpoints.latest_step() or 0
+        for step, accuracy in read_accuracies(self.workdir).items():
+            # Later ones are of a checkpoint that is there no more.
+            if step <= start_step:
+                self.checkpoints.evaluated(step, accuracy)
         _describe(run, self.workdir, start_step, self.console)
         if start_step:
             state = self.checkpoints.restore(engine.abstract_state, self.config)
@@ -204,18 +213,16 @@ class _Training:
                     writer.write(step, train=row, speed=speed)
                 stopped = False
                 if saves or run.is_due(config.eval_every_epochs, step):
-                    figures = None
                     with progress.paused():
                         try:
                             evaluation = self._evaluate(state, step, writer)
-                            figures = evaluation.figures()
                         except StoppedError:
                             stopped = True
                         if saves:
-                            self.checkpoints.save(state, figures, pending.to_host(), config)
+                            self.checkpoints.save(state, pending.to_host(), config)
                 if stopped or (self.preemption.reached(step) and step < total_steps):
                     if not saves:
-                        self.checkpoints.save(state, None, pending.to_host(), config)
+                        self.checkpoints.save(state, pending.to_host(), config)
                     self.checkpoints.wait()
                     raise PreemptedError(
                         f"told to end: step {step} of {total_steps} is saved. The same command "
@@ -264,6 +271,7 @@ class _Training:
             evaluation = evaluated(self._run.engine.averaged(state))
             rows["eval_ema"] = evaluation.figures()
         writer.write(step, **rows)
+        self.checkpoints.evaluated(step, evaluation.accuracy)
         self.held_out = f"  held out {evaluation.accuracy:.1%}"
         return evaluation
 
