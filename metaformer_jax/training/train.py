@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from metaformer_jax import models
+from metaformer_jax.data.loader import DataError
 from metaformer_jax.training import settings
 from metaformer_jax.training.checkpoint import Checkpoints, set_aside_damaged
 from metaformer_jax.training.claim import claimed_workdir
@@ -69,6 +70,7 @@ def train(
         ValueError: the config is wrong, the workdir belongs to another one, or the pretrained
             weights or the checkpoint do not fit.
         FileNotFoundError: there are no pretrained weights at the path.
+        DataError: too many images cannot be read.
         NonFiniteError: the loss became infinite or not a number.
         PreemptedError: the run was told to end; it has saved a checkpoint.
         SaveError: a checkpoint could not be written.
@@ -211,6 +213,9 @@ class _Training:
                     speed = progress.speed(step)
                     progress.show(step, row | speed, held_out=self.held_out)
                     writer.write(step, train=row, speed=speed)
+                if saves:
+                    # Before the evaluation: whatever ends that takes no training with it.
+                    self.checkpoints.save(state, pending.to_host(), config)
                 stopped = False
                 if saves or run.is_due(config.eval_every_epochs, step):
                     with progress.paused():
@@ -218,8 +223,11 @@ class _Training:
                             evaluation = self._evaluate(state, step, writer)
                         except StoppedError:
                             stopped = True
-                        if saves:
-                            self.checkpoints.save(state, pending.to_host(), config)
+                        except DataError:
+                            # Of several processes only one may have met the images.
+                            if not saves and jax.process_count() == 1:
+                                self.checkpoints.save(state, pending.to_host(), config)
+                            raise
                 if stopped or (self.preemption.reached(step) and step < total_steps):
                     if not saves:
                         self.checkpoints.save(state, pending.to_host(), config)
