@@ -457,6 +457,25 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
         train.train(_config(), tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize(
+    "damaged", [b'{"step": 2, "tr\0', b'{"train/loss": 1}', b"\xff", b"[]", b""]
+)
+def test_a_damaged_line_of_the_metrics_is_named(damaged, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=f"Line 2 of {path} must be the JSON of a step, got"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_several_processes_the_first_draws_the_batch_and_says_so(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "is_first_process", lambda: index == 0)
+    output = io.StringIO()
+    train.preview(_config(), tmp_path / "batch.png", console=Console(file=output, width=200))
+    assert (tmp_path / "batch.png").exists() == (index == 0)
+    assert bool(output.getvalue()) == (index == 0)
+
+
 def test_resumed_metrics_have_no_step_twice_and_lose_a_torn_line(tmp_path):
     with MetricWriter(tmp_path) as writer:
         for step in (1, 2, 3):

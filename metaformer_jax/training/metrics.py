@@ -217,9 +217,25 @@ def read_accuracies(workdir: pathlib.Path) -> dict[int, float]:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, without a last one that was cut short; [] if none."""
+    """The rows of a run's `metrics.jsonl`, without a last one that was cut short; [] if none.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            assert isinstance(row["step"], int)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            shown = line[:50].decode(errors="replace")
+            raise ValueError(
+                f"Line {number} of {path} must be the JSON of a step, got {shown!r}. Mend the "
+                "line, or remove it."
+            ) from error
+        rows.append(row)
+    return rows

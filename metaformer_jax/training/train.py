@@ -109,16 +109,21 @@ def preview(
 ) -> None:
     """Draws the first training batch as the first step sees it, without the model.
 
+    Of several processes the first one writes, and what it draws is its own share.
+
     Raises:
         ValueError: the config is wrong.
         OSError: the output cannot be written.
     """
+    console = console or Console()
+    console.quiet = console.quiet or not is_first_process()
     run = Run(config)
     with run.training_batches(0) as batches:
-        save(_batch_figure(run, next(batches), 0), output)
-    (console or Console()).print(
-        f"the first training batch: {output}", highlight=False, soft_wrap=True
-    )
+        # All processes of it, as the devices of all mix the batch.
+        figure = _batch_figure(run, next(batches), 0)
+    if is_first_process():
+        save(figure, output)
+    console.print(f"the first training batch: {output}", highlight=False, soft_wrap=True)
 
 
 class _Training:
