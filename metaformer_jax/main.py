@@ -58,7 +58,9 @@ _COMPILATION_CACHE = flags.DEFINE_bool(
     "weights are cached in; trainings in several processes in that of their workdir.",
 )
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
-    "accept_config_changes", False, "Continue a run though its config was another."
+    "accept_config_changes",
+    False,
+    "Continue a run though its config, or the names of its classes, were others.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import types
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import small_run
 from flax import nnx
+from PIL import Image
 from rich.console import Console
 
+from metaformer_jax.inference import load_classifier
 from metaformer_jax.training import evaluation, settings
 from metaformer_jax.training.checkpoint import Checkpoints
-from metaformer_jax.training.claim import check_same_network
+from metaformer_jax.training.claim import check_same_classes, check_same_network, claimed_workdir
 from metaformer_jax.training.evaluation import evaluate, evaluate_state
 from metaformer_jax.training.run import Run
 from metaformer_jax.weights.convert import variables_of
@@ -186,3 +189,65 @@ def test_a_step_that_the_run_deletes_while_it_is_read_gives_way_to_the_next(live
     scale = flat["norm", "scale"]
     last, average = (np.asarray(state.params["norm"]["scale"]) for state in evaluated)
     np.testing.assert_array_equal([last, average], [3 * scale, 30 * scale])
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """A run on class folders that keeps their names, and its config."""
+    _, config = small_run.make(
+        tmp_path / "run", name="folder", root=str(tmp_path), mean=(0.5,) * 3, std=(0.2,) * 3
+    )
+    for index in range(10):
+        folder = tmp_path / "val" / f"bird{index}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (25 * index,) * 3).save(folder / "a.png")
+    with claimed_workdir(tmp_path / "run", config, Run(config, trains=False).class_names):
+        return tmp_path / "run", config, tmp_path / "val"
+
+
+def test_classes_of_other_names_are_refused_with_the_first_differences(birds):
+    workdir, config, data = birds
+    _evaluate(config, workdir)
+    (data / "bird3").rename(data / "aardvark")
+    differences = r"\n  0: bird0 -> aardvark\n  1: bird1 -> bird0\n  2: bird2 -> bird1\n  3: "
+    with pytest.raises(ValueError, match=differences):
+        _evaluate(config, workdir)
+    names = Run(config, trains=False).class_names
+    with (
+        pytest.raises(ValueError, match=differences),
+        claimed_workdir(workdir, config, names),
+    ):
+        raise AssertionError
+    with claimed_workdir(workdir, config, names, accept_changes=True):
+        pass
+    _evaluate(config, workdir)
+
+
+def test_names_that_are_no_text_are_kept(birds, tmp_path):
+    _, config, data = birds
+    (data / "bird3").rename(data / os.fsdecode(b"\xff"))
+    names = Run(config, trains=False).class_names
+    with claimed_workdir(tmp_path / "other", config, names):
+        check_same_classes(tmp_path / "other", names)
+
+
+def test_a_run_that_kept_no_names_goes_on_and_keeps_them(birds):
+    workdir, config, data = birds
+    (workdir / "class_names.json").unlink()
+    (data / "bird3").rename(data / "aardvark")
+    _evaluate(config, workdir)
+    with claimed_workdir(workdir, config, Run(config, trains=False).class_names):
+        assert json.loads((workdir / "class_names.json").read_text())[0] == "aardvark"
+
+
+def test_garbled_names_are_refused_by_their_file(birds):
+    workdir, config, _ = birds
+    (workdir / "class_names.json").write_text('["bird')
+    with pytest.raises(ValueError, match=r"class_names.json must be the JSON that a run wrote"):
+        _evaluate(config, workdir)
+
+
+def test_predictions_have_the_names_that_the_run_kept(birds):
+    workdir, _, data = birds
+    (data / "bird3").rename(data / "aardvark")
+    assert load_classifier(weights=workdir).class_names[3] == "bird3"

@@ -73,6 +73,7 @@ def test_the_workdir_holds_checkpoints_metrics_events_and_pictures(finished):
     workdir, trained, _ = finished
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [12, 23]
     assert json.loads((workdir / "config.json").read_text())["model.family"] == "poolformerv2"
+    assert json.loads((workdir / "class_names.json").read_text()) == [*"0123456789"]
     rows = read_metrics(workdir)
     train_steps = [row["step"] for row in rows if "train/loss" in row]
     assert train_steps == [4, 8, 12, 16, 20, 23]

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import ml_collections
 from metaformer_jax.models import MetaFormerSpec
 from metaformer_jax.training import settings
 from metaformer_jax.weights.errors import CheckpointError
-from metaformer_jax.weights.workdir import read_config, spec
+from metaformer_jax.weights.workdir import CLASS_NAMES, read_class_names, read_config, spec
 
 try:
     import fcntl
@@ -25,6 +26,7 @@ except ImportError:  # Windows, where nothing keeps two runs apart.
 _LOCK_NAME = "run.lock"
 _ARCHITECTURE = tuple(f"model.{field}" for field in ("name", "family", "depths", "dims"))
 # Weights learn with these; size, crop and filter may be tried out.
+_MAX_NAMED = 5
 _NORMALISATION = ("data.mean", "data.std")
 
 
@@ -32,11 +34,12 @@ _NORMALISATION = ("data.mean", "data.std")
 def claimed_workdir(
     workdir: pathlib.Path,
     config: ml_collections.ConfigDict,
+    class_names: tuple[str, ...],
     *,
     accept_changes: bool = False,
     is_writer: bool = True,
 ) -> Iterator[None]:
-    """Makes the folder and writes `config.json`, or checks that this config made it.
+    """Makes the folder and writes config and classes, or checks that these made it.
 
     Within the context no other run can claim it. The system gives it free when the process ends,
     however that happens.
@@ -44,25 +47,27 @@ def claimed_workdir(
     Args:
         workdir: the run's folder.
         config: what the run does.
-        accept_changes: another config may have made it.
+        class_names: of its data, by label.
+        accept_changes: another config, or other names, may have made it.
         is_writer: whether this process writes; each one checks the config, and this one locks.
 
     Raises:
-        ValueError: another config made it, and `accept_changes` is not set; another run is using
-            it; or it cannot be written to.
+        ValueError: another config or other classes made it, and `accept_changes` is not set;
+            another run is using it; or it cannot be written to.
     """
     mine = settings.as_json(config)
     with contextlib.ExitStack() as lock:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             path = workdir / "config.json"
-            if path.exists() and not accept_changes:
-                _check_same(path, mine)
+            if not accept_changes:
+                if path.exists():
+                    _check_same(path, mine)
+                check_same_classes(workdir, class_names)
             if is_writer:
                 lock.enter_context(_locked(workdir))
-                part = path.with_suffix(".tmp")
-                part.write_text(json.dumps(mine, indent=2) + "\n")
-                part.replace(path)
+                _write(workdir / CLASS_NAMES, class_names)
+                _write(path, mine)
         except OSError as error:
             raise ValueError(
                 f"`workdir` must be a folder that can be written to, got {str(workdir)!r}: "
@@ -98,6 +103,27 @@ def check_same_normalisation(workdir: pathlib.Path, config: ml_collections.Confi
         CheckpointError: otherwise.
     """
     _refuse(workdir, config, _NORMALISATION, "normalisation of images")
+
+
+def check_same_classes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> None:
+    """Compares the data's classes with those that the run trained on, if it kept their names.
+
+    Raises:
+        ValueError: a label would mean another class.
+    """
+    theirs = read_class_names(workdir)
+    if theirs in (class_names, None):
+        return
+    pairs = itertools.zip_longest(theirs, class_names, fillvalue="(absent)")
+    changes = [f"  {label}: {old} -> {new}" for label, (old, new) in enumerate(pairs) if old != new]
+    more = len(changes) - _MAX_NAMED
+    shown = [*changes[:_MAX_NAMED], *([f"  and {more:,} more"] if more > 0 else [])]
+    raise ValueError(
+        f"`data` must have the classes that the run in {str(workdir)!r} was trained on, got "
+        "others:\n" + "\n".join(shown) + "\nBring them back. If these are other names of "
+        "the same classes, train on with --accept_config_changes, which keeps them; or "
+        "evaluate by config.model.pretrained in place of --workdir."
+    )
 
 
 def _refuse(
@@ -154,6 +180,12 @@ def _described(content: bytes) -> str:
         return f"process {run['pid']} on {run['host']} trains in it since {run['since']}"
     except (ValueError, TypeError, KeyError):
         return "another process trains in it"
+
+
+def _write(path: pathlib.Path, content: Any) -> None:
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)
 
 
 def _check_same(path: pathlib.Path, mine: dict[str, Any]) -> None:

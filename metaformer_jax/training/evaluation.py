@@ -11,7 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from metaformer_jax.training.claim import check_same_network, check_same_normalisation
+from metaformer_jax.training.claim import (
+    check_same_classes,
+    check_same_network,
+    check_same_normalisation,
+)
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.pictures import draw_misclassified
 from metaformer_jax.training.progress import evaluation_progress
@@ -137,6 +141,7 @@ def evaluate(
         )
     check_same_network(workdir, config, run.engine.model.spec)
     check_same_normalisation(workdir, config)
+    check_same_classes(workdir, run.class_names)
     step, weights = _read_newest(run, workdir)
     console.print(f"evaluating step {step:,} of {workdir}", highlight=False, soft_wrap=True)
     names = {"params": "last parameters", "ema": "their average"} if len(weights) > 1 else {}

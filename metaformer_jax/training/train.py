@@ -59,9 +59,9 @@ def train(
 ) -> Evaluation:
     """Trains what the config describes, or continues where the workdir's last checkpoint stands.
 
-    The workdir holds `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/`, `curves.png`
-    and `misclassified.png`. Of several processes, which all must see it, the first one writes, and
-    keeps their compiled programs in `compiled/`.
+    The workdir holds `checkpoints/`, `config.json`, `class_names.json`, `metrics.jsonl`,
+    `tensorboard/`, `curves.png` and `misclassified.png`. Of several processes, which all must see
+    it, the first one writes, and keeps their compiled programs in `compiled/`.
 
     Returns:
         The evaluation of the last parameters, or of their moving average where there is one.
@@ -85,6 +85,7 @@ def train(
     claimed = claimed_workdir(
         workdir,
         config,
+        run.class_names,
         accept_changes=accept_config_changes,
         is_writer=is_first_process(),
     )

@@ -14,6 +14,8 @@ from metaformer_jax.weights.converted import flat_tensors, orbax_handler
 from metaformer_jax.weights.errors import CheckpointError, first_line
 from metaformer_jax.weights.integrity import verify
 
+# Names of the classes, by label.
+CLASS_NAMES = "class_names.json"
 _CHECKPOINTS = "checkpoints"
 # What Orbax writes into the folder of a step when all else is there.
 ORBAX_STEP_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -73,6 +75,27 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
             "it anew by training on with --accept_config_changes."
         ) from error
     return config
+
+
+def read_class_names(path: pathlib.Path) -> tuple[str, ...] | None:
+    """The classes that the run trained on, by label; None if it kept no names.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = path / CLASS_NAMES
+    try:
+        names = json.loads(file.read_bytes())
+        assert isinstance(names, list)
+        assert all(isinstance(name, str) for name in names)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"{file} must be the JSON that a run wrote, got something else. Restore it, or remove "
+            "it if the classes of the data are still the same."
+        ) from error
+    return tuple(names)
 
 
 def model_name(path: pathlib.Path) -> str | None:
