@@ -66,7 +66,9 @@ _COMPILATION_CACHE = flags.DEFINE_bool(
     "of their workdir.",
 )
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
-    "accept_config_changes", False, "Continue a run though its config was another."
+    "accept_config_changes",
+    False,
+    "Continue a run though its config, or the names of its classes, were others.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",

@@ -1,5 +1,6 @@
 """A training run's workdir with a small network of random weights, without a training."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -15,13 +16,16 @@ from metaformer_jax.weights.pretrained import fill
 DEPTHS, DIMS = (1, 1, 1, 1), (8, 16, 32, 32)
 
 
-def make(folder, *, family="identityformer", **data):
-    """Writes the run, and gives its model."""
+def make(folder, *, family="identityformer", size=None, **data):
+    """Writes the run, and gives its model; `size` is a published one in place of the smallest."""
+    depths, dims = DEPTHS, DIMS
+    if size is not None:
+        depths, dims = dataclasses.astuple(FAMILIES[family].sizes[size])
     config = recipes.digits()
-    config.model.update(family=family, depths=DEPTHS, dims=DIMS)
+    config.model.update(family=family, depths=depths, dims=dims)
     config.data.update(data)
     model = MetaFormer(
-        FAMILIES[family].spec(depths=DEPTHS, dims=DIMS),
+        FAMILIES[family].spec(depths=depths, dims=dims),
         num_classes=10,
         in_channels=len(config.data.mean),
         image_size=config.data.image_size,
@@ -52,4 +56,4 @@ def save(checkpoints, step, params, frozen, ema=None):
         ema=ema or {},
         num_skipped=np.int32(0),
     )
-    checkpoints.save(state, {"accuracy": 0.5}, [], recipes.digits())
+    checkpoints.save(state, [], recipes.digits())

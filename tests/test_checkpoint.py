@@ -21,11 +21,24 @@ def test_the_latest_and_the_best_stay(tmp_path):
     accuracies = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: None}
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, accuracy in accuracies.items():
+            checkpoints.save(_state(step), [{"loss": step}], recipes.digits())
             # A run that is told to end has no time to evaluate.
-            figures = None if accuracy is None else {"accuracy": accuracy}
-            checkpoints.save(_state(step), figures, [{"loss": step}], recipes.digits())
+            if accuracy is not None:
+                checkpoints.evaluated(step, accuracy)
         checkpoints.wait()
         assert {int(path.name) for path in tmp_path.iterdir()} == {2, 4, 5}
         assert checkpoints.pending_metrics() == [{"loss": 5}]
         restored = checkpoints.restore(_state(0), recipes.digits())
     np.testing.assert_array_equal(restored.params["head"], 5)
+
+
+def test_the_best_stays_that_was_evaluated_after_it_was_saved_and_opened_again(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(_state(1), [], recipes.digits())
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.evaluated(1, 0.9)
+        for step, accuracy in {2: 0.1, 3: 0.2}.items():
+            checkpoints.save(_state(step), [], recipes.digits())
+            checkpoints.evaluated(step, accuracy)
+        checkpoints.wait()
+        assert {int(path.name) for path in tmp_path.iterdir()} == {1, 3}

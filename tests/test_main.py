@@ -86,6 +86,7 @@ def test_training_from_the_command_line_with_overrides(tmp_path):
     assert result.stderr == ""
     assert {path.name for path in tmp_path.iterdir()} == {
         "checkpoints",
+        "class_names.json",
         "config.json",
         "curves.png",
         "metrics.jsonl",

@@ -1,5 +1,6 @@
 """A run from a config: what it leaves behind, and that an interrupted one becomes the same."""
 
+import dataclasses
 import io
 import json
 import os
@@ -73,6 +74,7 @@ def test_the_workdir_holds_checkpoints_metrics_events_and_pictures(finished):
     workdir, trained, _ = finished
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [12, 23]
     assert json.loads((workdir / "config.json").read_text())["model.family"] == "poolformerv2"
+    assert json.loads((workdir / "class_names.json").read_text()) == [*"0123456789"]
     rows = read_metrics(workdir)
     train_steps = [row["step"] for row in rows if "train/loss" in row]
     assert train_steps == [4, 8, 12, 16, 20, 23]
@@ -211,7 +213,7 @@ def test_fine_tuning_goes_on_from_where_the_training_ended(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.dims": (8, 16, 16, 32)}, "got 1 missing|mis-shaped"),
+        ({"model.dims": (8, 16, 16, 32)}, "model.dims: .* -> "),
         ({"model.pretrained": "nowhere"}, "must be an existing checkpoint, got nowhere"),
         ({"model.pretrained": "published"}, "must be a path unless config.model.name is set"),
         ({"model.class_map": "map.json"}, "`class_map` must be left out unless the model has 1000"),
@@ -287,6 +289,30 @@ def test_a_run_told_to_end_saves_and_goes_on_bit_for_bit(finished, tmp_path, mon
     _, output = _train(tmp_path)
     assert "continuing after step 10" in output
     _assert_same_run(tmp_path, finished[0], _config())
+
+
+def test_the_best_stays_though_its_evaluation_was_broken_off(tmp_path, monkeypatch):
+    evaluate_state = train.evaluate_state
+    accuracies = iter([None, 0.9, 0.1, 0.2, 0.3])
+
+    def evaluated(*args, **kwargs):
+        accuracy = next(accuracies)
+        if accuracy is None:
+            raise evaluation.StoppedError
+        return dataclasses.replace(evaluate_state(*args, **kwargs), accuracy=accuracy)
+
+    monkeypatch.setattr(train, "evaluate_state", evaluated)
+    config = _config(**{"checkpoint.keep": 1})
+    with pytest.raises(PreemptedError, match="step 12 of 23 is saved"):
+        _train(tmp_path, config)
+    _train(tmp_path, config)
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(saved) == [12, 23]
+    # The next start knows of it by the metrics.
+    config.epochs = 3.0
+    _train(tmp_path, config, accept_config_changes=True)
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(saved) == [12, 34]
 
 
 def test_a_checkpoint_is_read_on_another_mesh(finished):
@@ -378,7 +404,8 @@ def test_an_average_is_evaluated_beside_the_last_parameters(tmp_path):
     output = io.StringIO()
     again = evaluation.evaluate(_config(), tmp_path, console=Console(file=output, width=120))
     assert again.loss == pytest.approx(trained.loss, rel=1e-6)
-    last, average = output.getvalue().splitlines()
+    step, last, average = output.getvalue().splitlines()
+    assert step.startswith("evaluating step 11 of ")
     assert last.startswith("last parameters  accuracy")
     assert average.startswith("their average    accuracy")
     assert f"{row['eval/accuracy']:.2%}" in last
@@ -475,6 +502,25 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="`workdir` must be a folder that can be written to"):
         train.train(_config(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    "damaged", [b'{"step": 2, "tr\0', b'{"train/loss": 1}', b"\xff", b"[]", b""]
+)
+def test_a_damaged_line_of_the_metrics_is_named(damaged, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=f"Line 2 of {path} must be the JSON of a step, got"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_several_processes_the_first_draws_the_batch_and_says_so(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "is_first_process", lambda: index == 0)
+    output = io.StringIO()
+    train.preview(_config(), tmp_path / "batch.png", console=Console(file=output, width=200))
+    assert (tmp_path / "batch.png").exists() == (index == 0)
+    assert bool(output.getvalue()) == (index == 0)
 
 
 def test_resumed_metrics_have_no_step_twice_and_lose_a_torn_line(tmp_path):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+import small_run
 from flax import nnx
 from small_run import save
 from test_convert_torch_weights import load_program
@@ -14,6 +15,7 @@ from test_convert_torch_weights import load_program
 from metaformer_jax import create_model
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.weights import CheckpointError
+from metaformer_jax.weights import workdir as weights_workdir
 from metaformer_jax.weights.convert import to_variables, variables_of
 from metaformer_jax.weights.files import read_tensors
 from metaformer_jax.weights.pretrained import build_abstract
@@ -81,6 +83,35 @@ def test_a_run_goes_back_to_pytorch_under_its_own_name(workdir, tmp_path, capsys
     expected = reference.state_dict(NAME, "sail")
     assert tensors.keys() == expected.keys()
     assert all(np.array_equal(tensors[key], expected[key]) for key in expected)
+
+
+def test_a_run_of_a_published_size_is_read_by_that_name_alone(tmp_path):
+    """IdentityFormer has the keys and shapes of PoolFormerV2."""
+    small_run.make(tmp_path, family="poolformerv2", size="s12")
+    settings = {"pretrained": tmp_path, "num_classes": 10, "in_channels": 1}
+    create_model("poolformerv2_s12", **settings, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match=r"called poolformerv2_s12: .* Name that model"):
+        create_model("identityformer_s12", **settings, rngs=nnx.Rngs(0))
+
+
+def test_where_the_run_deletes_what_is_read_the_next_is_read(
+    workdir, variables, tmp_path, monkeypatch
+):
+    checkpoints = shutil.copytree(workdir, tmp_path / "copy") / "checkpoints"
+    newer = shutil.move(checkpoints / "10", tmp_path / "newer")
+    verify = weights_workdir.verify_checkpoint
+
+    def while_the_run_goes_on(folder):
+        if newer.exists():
+            newer.rename(checkpoints / "10")
+            # Files vanish one by one.
+            shutil.rmtree(checkpoints / "9" / "state")
+        verify(folder)
+
+    monkeypatch.setattr(weights_workdir, "verify_checkpoint", while_the_run_goes_on)
+    model = create_model(NAME, pretrained=checkpoints.parent, rngs=nnx.Rngs(0))
+    for path, variable in variables_of(model).items():
+        np.testing.assert_array_equal(variable[...], variables[path])
 
 
 @pytest.mark.parametrize("damage", ["nothing saved", "uncommitted", "garbled"])

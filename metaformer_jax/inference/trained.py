@@ -26,6 +26,7 @@ class Told:
         title: what to call that.
         settings: `image_size`, and of a run `crop_fraction`, `interpolation`, `mean`, `std`.
         data: name and root of the data that a run trained with.
+        kept_names: its classes, where the run kept their names.
     """
 
     name: str | None = None
@@ -33,16 +34,19 @@ class Told:
     title: str = ""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: tuple[str, str] | None = None
+    kept_names: tuple[str, ...] | None = None
 
     def class_names(self) -> tuple[tuple[str, ...] | None, str | None]:
         """The classes of the run's data in words, or None and why, if there is a reason."""
         if self.data is None:
             return None, None
         name, root = self.data
-        try:
-            names = open_source(name, "eval", root=root or None).class_names
-        except (ValueError, OSError, ImportError) as error:
-            return None, str(error)
+        names = self.kept_names
+        if names is None:
+            try:
+                names = open_source(name, "eval", root=root or None).class_names
+            except (ValueError, OSError, ImportError) as error:
+                return None, str(error)
         in_words = dict(zip(imagenet_synsets(), imagenet_class_names(), strict=True))
         return tuple(in_words.get(name, name) for name in names), None
 
@@ -51,7 +55,7 @@ def read_settings(path: pathlib.Path) -> Told:
     """What is told by the folder or file of weights; of a bare checkpoint nothing.
 
     Raises:
-        CheckpointError: a run's config, or a conversion's record, is damaged.
+        CheckpointError: a run's config or names of classes, or a conversion's record, is damaged.
     """
     if workdir.is_workdir(path):
         return _read_config(path / "config.json")
@@ -104,4 +108,11 @@ def _read_config(path: pathlib.Path) -> Told:
         raise CheckpointError(
             f"{path} must be the config that the run wrote, got {type(error).__name__}: {error}."
         ) from error
-    return Told(name=name, spec=spec, title=title, settings=settings, data=data)
+    return Told(
+        name=name,
+        spec=spec,
+        title=title,
+        settings=settings,
+        data=data,
+        kept_names=workdir.read_class_names(path.parent),
+    )

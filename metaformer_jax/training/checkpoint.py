@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Self
 
@@ -35,33 +34,50 @@ class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         await super().finalize()
 
 
+class _Best:
+    """Keeps the one with the highest accuracy of those that are known when another is saved.
+
+    Orbax's own policy asks for the metrics at the save, and has no way to add them afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.accuracies: dict[int, float] = {}
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        known = [step for step in steps if step in self.accuracies]
+        best = max(known, key=lambda step: (self.accuracies[step], step), default=None)
+        return [step == best for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of one run, one folder per step, with Orbax.
 
-    A checkpoint holds the state, the metrics of its evaluation, the config and the versions of the
-    packages, and checksums of all that. It appears under its name only when all of it is written.
+    A checkpoint holds the state, the config and the versions of the packages, and checksums of all
+    that. It appears under its name only when all of it is written.
 
     Args:
         directory: where they live; made if it is not there.
-        keep: how many of the latest stay; the best by `accuracy` stays besides.
+        keep: how many of the latest stay; the best of those `evaluated` stays besides.
     """
 
     def __init__(self, directory: pathlib.Path, *, keep: int):
         if keep < 1:
             raise ValueError(f"`checkpoint.keep` must be at least 1, got {keep}.")
-        best = checkpoint_managers.BestN(
-            get_metric_fn=_accuracy,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        self._best = _Best()
         policy = checkpoint_managers.AnyPreservationPolicy(
-            [checkpoint_managers.LatestN(keep), best]
+            [checkpoint_managers.LatestN(keep), self._best]
         )
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
-                best_fn=_accuracy,
                 # What a killed run had half written.
                 cleanup_tmp_directories=True,
                 temporary_path_class=_Checksummed,
@@ -82,7 +98,6 @@ class Checkpoints:
     def save(
         self,
         state: TrainState,
-        figures: dict[str, float] | None,
         pending: list[dict[str, float]],
         config: ml_collections.ConfigDict,
     ) -> None:
@@ -90,7 +105,6 @@ class Checkpoints:
 
         Args:
             state: all arrays.
-            figures: of its evaluation; None where the run ends before its time.
             pending: figures of steps that no row of metrics holds yet.
             config: the run's.
 
@@ -106,10 +120,13 @@ class Checkpoints:
                     pending=ocp.args.JsonSave({"steps": pending}),
                     about=ocp.args.JsonSave(about),
                 ),
-                metrics=figures or {},
                 # Whoever asks has decided when.
                 force=True,
             )
+
+    def evaluated(self, step: int, accuracy: float) -> None:
+        """Tells of a checkpoint, saved now or in an earlier start of the run, how good it is."""
+        self._best.accuracies[step] = accuracy
 
     def wait(self) -> None:
         """Until all is written.
@@ -155,8 +172,8 @@ class Checkpoints:
                 f"without ({reason[:200]}):\n" + "\n".join(changes)
             )
         return (
-            f"{folder} must be a whole checkpoint, got: {reason[:200]}. Remove this folder to "
-            "continue from the checkpoint before it."
+            f"{folder} must be a whole checkpoint, got: {reason[:200]}. Move this folder elsewhere "
+            "to continue from the checkpoint before it."
         )
 
     def pending_metrics(self) -> list[dict[str, float]]:
@@ -201,11 +218,6 @@ def set_aside_damaged(directory: pathlib.Path) -> list[str]:
             f"{newest} is used. {error}"
         )
     return sentences
-
-
-def _accuracy(metrics: dict[str, float]) -> float:
-    # A run that was told to end took no time to evaluate.
-    return metrics.get("accuracy", -math.inf)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import ml_collections
@@ -19,14 +18,19 @@ from jax.experimental import multihost_utils
 
 from metaformer_jax.training import settings
 from metaformer_jax.training.distributed import is_first_process
-from metaformer_jax.weights.workdir import saved_steps
+from metaformer_jax.training.provenance import check_same_classes
+from metaformer_jax.weights.workdir import (
+    CLASS_NAMES,
+    CONFIG,
+    read_config,
+    saved_steps,
+)
 
 try:
     import fcntl
 except ImportError:  # Windows, where nothing keeps two runs apart.
     fcntl = None  # type: ignore[assignment]
 
-_CONFIG_NAME = "config.json"
 _LOCK_NAME = "run.lock"
 # For what one host writes to show on another.
 _SHOWS_AFTER_SECONDS = 5
@@ -42,11 +46,12 @@ class UnsharedWorkdirError(ValueError):
 def claimed_workdir(
     workdir: pathlib.Path,
     config: ml_collections.ConfigDict,
+    class_names: tuple[str, ...],
     *,
     accept_changes: bool = False,
     is_writer: bool = True,
 ) -> Iterator[None]:
-    """Makes the folder, or checks that this config made the checkpoints in it.
+    """Makes the folder, or checks that this config and these classes made the checkpoints in it.
 
     Within the context no other run can claim it. The system gives it free when the process ends,
     however that happens.
@@ -54,20 +59,21 @@ def claimed_workdir(
     Args:
         workdir: the run's folder.
         config: what the run does.
-        accept_changes: another config may have made them.
+        class_names: of its data, by label.
+        accept_changes: another config, or other classes, may have made them.
         is_writer: whether this process writes; each one checks the config, and this one locks.
 
     Raises:
-        ValueError: another config made them, and `accept_changes` is not set; another run is using
-            it; or it cannot be written to.
+        ValueError: another config or other classes made them, and `accept_changes` is not set;
+            another run is using it; or it cannot be written to.
     """
     with contextlib.ExitStack() as lock:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            path = workdir / _CONFIG_NAME
             # Without a checkpoint there is nothing to continue, by whatever config.
-            if path.exists() and saved_steps(workdir / "checkpoints") and not accept_changes:
-                _check_same(path, settings.as_json(config))
+            if saved_steps(workdir / "checkpoints") and not accept_changes:
+                _check_same_config(workdir, config)
+                check_same_classes(workdir, class_names)
             if is_writer:
                 lock.enter_context(_locked(workdir))
         except OSError as error:
@@ -78,15 +84,18 @@ def claimed_workdir(
         yield
 
 
-def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Notes in `config.json` what the checkpoints to come are made by.
+def describe(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, class_names: tuple[str, ...]
+) -> None:
+    """Notes what the checkpoints to come are made by: the config, and the classes by label.
 
     To be called when the training is about to begin: a start that fails leaves what it found.
     """
-    path = workdir / _CONFIG_NAME
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(settings.as_json(config), indent=2) + "\n")
-    part.replace(path)
+    for name, content in ((CLASS_NAMES, class_names), (CONFIG, settings.as_json(config))):
+        path = workdir / name
+        part = path.with_suffix(".tmp")
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.replace(path)
 
 
 def check_shared(workdir: pathlib.Path) -> None:
@@ -180,18 +189,12 @@ def _described(content: bytes) -> str:
         return "another process trains in it"
 
 
-def _check_same(path: pathlib.Path, mine: dict[str, Any]) -> None:
-    try:
-        theirs = json.loads(path.read_bytes())
-        assert isinstance(theirs, dict)
-    except (ValueError, AssertionError) as error:
+def _check_same_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    if not (theirs := read_config(workdir)):
+        return
+    if changes := settings.differences(theirs, settings.as_json(config)):
         raise ValueError(
-            f"{path} must be the JSON that a run wrote, got something else. Restore it, or write "
-            "it anew by --accept_config_changes."
-        ) from error
-    if changes := settings.differences(theirs, mine):
-        raise ValueError(
-            f"`workdir` must be new or made by the same config, but {str(path.parent)!r} was made "
+            f"`workdir` must be new or made by the same config, but {str(workdir)!r} was made "
             "with other values:\n" + "\n".join(changes) + "\nUse another --workdir, or continue "
             "this one with the new values by --accept_config_changes."
         )

@@ -8,17 +8,23 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.pictures import draw_misclassified
 from metaformer_jax.training.progress import evaluation_progress
+from metaformer_jax.training.provenance import (
+    check_same_classes,
+    check_same_network,
+    check_same_normalisation,
+)
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
-from metaformer_jax.weights.convert import Variables
-from metaformer_jax.weights.pretrained import fitted_variables
-from metaformer_jax.weights.workdir import entries, saved_steps
+from metaformer_jax.weights.convert import Variables, to_variables
+from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.workdir import newest_step, read_step, saved_steps
 
 # Most of what a picture of misclassified images can show at a readable size.
 _MAX_PICTURED = 48
@@ -115,7 +121,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run, or without a workdir the pretrained weights.
 
-    Of a run that keeps a moving average both are evaluated, and the average is returned.
+    Of a run that keeps a moving average both are evaluated, and the average is returned. The run
+    may go on meanwhile.
 
     Raises:
         ValueError: the config is wrong, the workdir holds no checkpoint, or the weights do not fit.
@@ -133,12 +140,15 @@ def evaluate(
             f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with "
             "--mode=train; or leave it out to evaluate config.model.pretrained."
         )
+    check_same_network(workdir, config, run.engine.model.spec)
+    check_same_normalisation(workdir, config)
+    check_same_classes(workdir, run.class_names)
     if sentence := share_compiled_programs(workdir / "compiled"):
         console.print(sentence, highlight=False, soft_wrap=True)
-    there_are = entries(workdir)
-    names = {"params": "last parameters", "ema": "their average"} if there_are[1:] else {}
-    for entry in there_are:
-        variables = fitted_variables(run.engine.model, workdir, entry=entry)
+    step, weights = _read_newest(run, workdir)
+    console.print(f"evaluating step {step:,} of {workdir}", highlight=False, soft_wrap=True)
+    names = {"params": "last parameters", "ema": "their average"} if len(weights) > 1 else {}
+    for entry, variables in weights.items():
         evaluation = evaluate_state(run, _state_of(run, variables), console=console)
         name = f"{names[entry]:<16} " if names else ""
         console.print(f"{name}{evaluation}", highlight=False, soft_wrap=True)
@@ -163,6 +173,23 @@ def picture_misclassified(run: Run, evaluation: Evaluation, path: pathlib.Path) 
         path,
         title=f"{len(wrong)} of {len(evaluation.labels)} misclassified",
     )
+
+
+def _read_newest(run: Run, workdir: pathlib.Path) -> tuple[int, dict[str, Variables]]:
+    """The step of the newest checkpoint, one for all processes, and its weights by entry."""
+    while True:
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(newest_step(workdir))))
+        tensors = None
+        try:
+            tensors = read_step(workdir, step)
+        except CheckpointError:
+            # A training that goes on deletes it when it has saved another.
+            if newest_step(workdir) == step:
+                raise
+        all_have = np.all(multihost_utils.process_allgather(np.array(tensors is not None)))
+        if tensors is not None and all_have:
+            model = run.engine.model
+            return step, {entry: to_variables(tensors[entry], model) for entry in tensors}
 
 
 def _pretrained_state(run: Run) -> TrainState:

@@ -216,10 +216,35 @@ def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) ->
     )
 
 
+def read_accuracies(workdir: pathlib.Path) -> dict[int, float]:
+    """The accuracy of each evaluated step: of the moving average where the run keeps one."""
+    return {
+        row["step"]: row.get("eval_ema/accuracy", row["eval/accuracy"])
+        for row in read_metrics(workdir)
+        if "eval/accuracy" in row
+    }
+
+
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, without a last one that was cut short; [] if none."""
+    """The rows of a run's `metrics.jsonl`, without a last one that was cut short; [] if none.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            assert isinstance(row["step"], int)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            shown = line[:50].decode(errors="replace")
+            raise ValueError(
+                f"Line {number} of {path} must be the JSON of a step, got {shown!r}. Mend the "
+                "line, or remove it."
+            ) from error
+        rows.append(row)
+    return rows

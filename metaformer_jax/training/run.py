@@ -19,11 +19,13 @@ from metaformer_jax.data.randaugment import RandAugmentPolicy, parse_policy
 from metaformer_jax.data.sources import Source, open_source
 from metaformer_jax.training import optim, settings, sharding
 from metaformer_jax.training.feeding import PlacedBatches
+from metaformer_jax.training.provenance import check_same_network
 from metaformer_jax.training.step import Average, Engine
 from metaformer_jax.weights import hub
 from metaformer_jax.weights.convert import Variables
 from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.pretrained import fitted_variables
+from metaformer_jax.weights.workdir import is_workdir
 
 # An int32 counts them.
 _MAX_STEPS = 2**31 - 1
@@ -145,6 +147,8 @@ class Run:
             path = hub.converted_file(config.name)
         elif path in models.list_models() and not pathlib.Path(path).exists():
             path = hub.converted_file(path)
+        elif is_workdir(pathlib.Path(path)):
+            check_same_network(pathlib.Path(path), self.config, self.engine.model.spec)
         try:
             return fitted_variables(
                 self.engine.model,

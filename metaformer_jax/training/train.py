@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from metaformer_jax import models
+from metaformer_jax.data.loader import DataError
 from metaformer_jax.training import settings
 from metaformer_jax.training.checkpoint import Checkpoints, set_aside_damaged
-from metaformer_jax.training.claim import check_shared, claimed_workdir, write_config
+from metaformer_jax.training.claim import check_shared, claimed_workdir, describe
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.evaluation import (
@@ -29,7 +30,13 @@ from metaformer_jax.training.evaluation import (
 )
 from metaformer_jax.training.guard import Guard
 from metaformer_jax.training.memory import memory_of
-from metaformer_jax.training.metrics import MetricWriter, PendingMetrics, import_wandb, read_metrics
+from metaformer_jax.training.metrics import (
+    MetricWriter,
+    PendingMetrics,
+    import_wandb,
+    read_accuracies,
+    read_metrics,
+)
 from metaformer_jax.training.pictures import batch_figure, draw_curves, save, to_array
 from metaformer_jax.training.preemption import PreemptedError, Preemption
 from metaformer_jax.training.progress import TrainingProgress, elapsing
@@ -54,9 +61,9 @@ def train(
 ) -> Evaluation:
     """Trains what the config describes, or continues where the workdir's last checkpoint stands.
 
-    The workdir holds `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/`, `curves.png`
-    and `misclassified.png`. Of several processes, which all must see it, the first one writes, and
-    keeps their compiled programs in `compiled/`.
+    The workdir holds `checkpoints/`, `config.json`, `class_names.json`, `metrics.jsonl`,
+    `tensorboard/`, `curves.png` and `misclassified.png`. Of several processes, which all must see
+    it, the first one writes, and keeps their compiled programs in `compiled/`.
 
     Returns:
         The evaluation of the last parameters, or of their moving average where there is one.
@@ -65,6 +72,7 @@ def train(
         ValueError: the config is wrong, the workdir belongs to another one or is not one folder
             for all processes, or the pretrained weights or the checkpoint do not fit.
         FileNotFoundError: there are no pretrained weights at the path.
+        DataError: too many images cannot be read.
         NonFiniteError: the loss became infinite or not a number.
         PreemptedError: the run was told to end; it has saved a checkpoint.
         SaveError: a checkpoint could not be written.
@@ -82,6 +90,7 @@ def train(
     claimed = claimed_workdir(
         workdir,
         config,
+        run.class_names,
         accept_changes=accept_config_changes,
         is_writer=is_first_process(),
     )
@@ -108,16 +117,21 @@ def preview(
 ) -> None:
     """Draws the first training batch as the first step sees it, without the model.
 
+    Of several processes the first one writes, and what it draws is its own share.
+
     Raises:
         ValueError: the config is wrong, or the output cannot be written.
     """
     check_can_be_written(output)
+    console = console or Console()
+    console.quiet = console.quiet or not is_first_process()
     run = Run(config)
     with run.training_batches(0) as batches:
-        save(_batch_figure(run, next(batches), 0), output)
-    (console or Console()).print(
-        f"the first training batch: {output}", highlight=False, soft_wrap=True
-    )
+        # All processes of it, as the devices of all mix the batch.
+        figure = _batch_figure(run, next(batches), 0)
+    if is_first_process():
+        save(figure, output)
+    console.print(f"the first training batch: {output}", highlight=False, soft_wrap=True)
 
 
 class _Training:
@@ -150,6 +164,10 @@ class _Training:
         """Trains to the end, from the newest checkpoint on or from these values."""
         run, engine = self._run, self._run.engine
         start_step = self.checkpoints.latest_step() or 0
+        for step, accuracy in read_accuracies(self.workdir).items():
+            # Later ones are of a checkpoint that is there no more.
+            if step <= start_step:
+                self.checkpoints.evaluated(step, accuracy)
         _describe(run, self.workdir, start_step, self.console)
         if start_step:
             state = self.checkpoints.restore(engine.abstract_state, self.config)
@@ -157,7 +175,7 @@ class _Training:
             state = engine.with_weights(engine.initial_state(), variables)
         if start_step < run.total_steps or self._lacks_evaluation(start_step):
             return self._train(state, start_step)
-        self._keep_config()
+        self._keep_description()
         return evaluate_state(
             run, engine.averaged(state) if state.ema else state, console=self.console
         )
@@ -193,7 +211,7 @@ class _Training:
                     batch = next(batches)
                 if train_step is None:
                     train_step = self._compiled(state, batch)
-                    self._keep_config()
+                    self._keep_description()
                 if step == 1:
                     picture = to_array(_batch_figure(run, batch, 0))
                     writer.write_picture(0, "train/batch", picture)
@@ -210,20 +228,24 @@ class _Training:
                     speed = progress.speed(step)
                     progress.show(step, row | speed, held_out=self.held_out)
                     writer.write(step, train=row, speed=speed)
+                if saves:
+                    # Before the evaluation: whatever ends that takes no training with it.
+                    self.checkpoints.save(state, pending.to_host(), config)
                 stopped = False
                 if saves or run.is_due(config.eval_every_epochs, step):
-                    figures = None
                     with progress.paused():
                         try:
                             evaluation = self._evaluate(state, step, writer)
-                            figures = evaluation.figures()
                         except StoppedError:
                             stopped = True
-                        if saves:
-                            self.checkpoints.save(state, figures, pending.to_host(), config)
+                        except DataError:
+                            # Of several processes only one may have met the images.
+                            if not saves and jax.process_count() == 1:
+                                self.checkpoints.save(state, pending.to_host(), config)
+                            raise
                 if stopped or (self.preemption.reached(step) and step < total_steps):
                     if not saves:
-                        self.checkpoints.save(state, None, pending.to_host(), config)
+                        self.checkpoints.save(state, pending.to_host(), config)
                     self.checkpoints.wait()
                     raise PreemptedError(
                         f"told to end: step {step} of {total_steps} is saved. The same command "
@@ -231,9 +253,9 @@ class _Training:
                     )
         return evaluation
 
-    def _keep_config(self) -> None:
+    def _keep_description(self) -> None:
         if is_first_process():
-            write_config(self.workdir, self.config)
+            describe(self.workdir, self.config, self._run.class_names)
 
     def _compiled(self, state: TrainState, batch: dict[str, jax.Array]) -> Step:
         started = time.monotonic()
@@ -281,6 +303,7 @@ class _Training:
             evaluation = evaluated(self._run.engine.averaged(state))
             rows["eval_ema"] = evaluation.figures()
         writer.write(step, **rows)
+        self.checkpoints.evaluated(step, evaluation.accuracy)
         self.held_out = f"  held out {evaluation.accuracy:.1%}"
         return evaluation
 

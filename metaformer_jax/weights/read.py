@@ -21,7 +21,7 @@ from metaformer_jax.weights.files import (
     read_tensors,
     sha256,
 )
-from metaformer_jax.weights.recognition import recognise
+from metaformer_jax.weights.recognition import published_architecture, recognise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,8 @@ def read_checkpoint(
     if path.is_dir():
         if workdir.is_workdir(path):
             tensors, entry = workdir.read_workdir(path, entry=entry)
-            called = workdir.model_name(path) or ""
+            spec = workdir.spec(path)
+            called = (spec and published_architecture(spec)) or ""
             source = {"source_entry": entry}
         elif entry is not None:
             raise CheckpointError(

@@ -9,10 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from metaformer_jax.models import FAMILIES, MetaFormerSpec, model_spec
 from metaformer_jax.weights.converted import flat_tensors, orbax_handler
 from metaformer_jax.weights.errors import CheckpointError, first_line
 from metaformer_jax.weights.integrity import verify
 
+CONFIG = "config.json"
+# Names of the classes, by label.
+CLASS_NAMES = "class_names.json"
 _CHECKPOINTS = "checkpoints"
 # What Orbax writes into the folder of a step when all else is there.
 ORBAX_STEP_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -54,25 +58,88 @@ def is_workdir(path: pathlib.Path) -> bool:
     return (path / _CHECKPOINTS).is_dir()
 
 
-def model_name(path: pathlib.Path) -> str | None:
-    """The published name that the run trains; None for a network of its own."""
-    try:
-        return json.loads((path / "config.json").read_text())["model.name"] or None
-    except (OSError, KeyError, TypeError, ValueError):
-        return None
-
-
-def entries(path: pathlib.Path) -> list[str]:
-    """What the newest checkpoint holds weights under: "params", and "ema" for their average.
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """The values by field that the run wrote beside its checkpoints; {} where none are there.
 
     Raises:
-        CheckpointError: there is no complete one, or it is damaged.
+        CheckpointError: the file is damaged.
     """
-    state = _newest_state(path)
-    with _explained(state):
-        verify_checkpoint(state.parent)
-        metadata = orbax_handler().metadata(state).tree
-        return [entry for entry in ("params", "ema") if metadata.get(entry)]
+    file = path / CONFIG
+    try:
+        config = json.loads(file.read_bytes())
+        assert isinstance(config, dict)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"{file} must be the JSON that a run wrote, got something else. Restore it, or write "
+            "it anew by training on with --accept_config_changes."
+        ) from error
+    return config
+
+
+def read_class_names(path: pathlib.Path) -> tuple[str, ...] | None:
+    """The classes that the run trained on, by label; None if it kept no names.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = path / CLASS_NAMES
+    try:
+        names = json.loads(file.read_bytes())
+        assert isinstance(names, list)
+        assert all(isinstance(name, str) for name in names)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"{file} must be the JSON that a run wrote, got something else. Restore it, or remove "
+            "it if the classes of the data are still the same."
+        ) from error
+    return tuple(names)
+
+
+def model_name(path: pathlib.Path) -> str | None:
+    """The published name that the run trains; None for a network of its own.
+
+    Raises:
+        CheckpointError: the run's config is damaged.
+    """
+    return read_config(path).get("model.name") or None
+
+
+def spec(path: pathlib.Path) -> MetaFormerSpec | None:
+    """The network that the run trains, by its config; None if its family is not known here.
+
+    Raises:
+        CheckpointError: the run's config is damaged.
+    """
+    config = read_config(path)
+    try:
+        if name := config.get("model.name"):
+            return model_spec(name)
+        if config.get("model.family") not in FAMILIES:
+            return None
+        return FAMILIES[config["model.family"]].spec(
+            depths=tuple(config["model.depths"]), dims=tuple(config["model.dims"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG} must be the config that the run wrote, got "
+            f"{type(error).__name__}: {error}."
+        ) from error
+
+
+def read_step(path: pathlib.Path, step: int) -> dict[str, dict[str, np.ndarray]]:
+    """The tensors of a checkpoint in the flax layout, by what it holds weights under.
+
+    That is "params", and "ema" for their average, in this order.
+
+    Raises:
+        CheckpointError: it is damaged, or has been deleted.
+    """
+    state = _state(path, step)
+    return {entry: _read_entry(state, entry) for entry in _verified_entries(state)}
 
 
 def read_workdir(
@@ -88,15 +155,52 @@ def read_workdir(
     Raises:
         CheckpointError: there is no complete one, it is damaged, or has no such entry.
     """
+    while True:
+        step = newest_step(path)
+        state = _state(path, step)
+        try:
+            there_are = _verified_entries(state)
+            chosen = entry or there_are[-1]
+            if chosen not in there_are:
+                raise CheckpointError(
+                    f"`entry` must be {' or '.join(map(repr, there_are))} for {path}, got "
+                    f"{entry!r}."
+                )
+            return _read_entry(state, chosen), f"{chosen} of step {step}"
+        except CheckpointError:
+            # A run that goes on deletes it when it has saved another.
+            if newest_step(path) == step:
+                raise
+
+
+def newest_step(path: pathlib.Path) -> int:
+    """The step of the newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    steps = saved_steps(path / _CHECKPOINTS)
+    if not steps:
+        raise CheckpointError(
+            f"`path` must be a run with a checkpoint, got {path}, which has none yet."
+        )
+    return steps[0]
+
+
+def _state(path: pathlib.Path, step: int) -> pathlib.Path:
+    return (path / _CHECKPOINTS / str(step) / "state").absolute()
+
+
+def _verified_entries(state: pathlib.Path) -> list[str]:
+    with _explained(state):
+        verify_checkpoint(state.parent)
+        metadata = orbax_handler().metadata(state).tree
+        return [entry for entry in ("params", "ema") if metadata.get(entry)]
+
+
+def _read_entry(state: pathlib.Path, entry: str) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
-    there_are = entries(path)
-    entry = entry or there_are[-1]
-    if entry not in there_are:
-        raise CheckpointError(
-            f"`entry` must be {' or '.join(map(repr, there_are))} for {path}, got {entry!r}."
-        )
-    state = _newest_state(path)
     handler = orbax_handler()
     with _explained(state):
         metadata: dict[str, Any] = handler.metadata(state).tree
@@ -107,18 +211,7 @@ def read_workdir(
             state,
             args=ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True),
         )
-    tensors = {key: array for tree in restored.values() for key, array in flat_tensors(tree)}
-    return tensors, f"{entry} of step {state.parent.name}"
-
-
-def _newest_state(path: pathlib.Path) -> pathlib.Path:
-    folder = path / _CHECKPOINTS
-    steps = saved_steps(folder)
-    if not steps:
-        raise CheckpointError(
-            f"`path` must be a run with a checkpoint, got {path}, which has none yet."
-        )
-    return (folder / str(steps[0]) / "state").absolute()
+    return {key: array for tree in restored.values() for key, array in flat_tensors(tree)}
 
 
 @contextlib.contextmanager
@@ -129,6 +222,6 @@ def _explained(state: pathlib.Path) -> Iterator[None]:
     except Exception as error:
         reason = first_line(error).rstrip(".")
         raise CheckpointError(
-            f"{state.parent} must be a whole checkpoint of a training run, got: {reason}. Remove "
-            "this folder to read the checkpoint before it."
+            f"{state.parent} must be a whole checkpoint of a training run, got: {reason}. Move "
+            "this folder elsewhere to read the checkpoint before it."
         ) from error

@@ -129,7 +129,7 @@ def write_workdir(path):
         num_skipped=np.int32(0),
     )
     with Checkpoints(path / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(state, {"accuracy": 0.5}, [], recipes.digits())
+        checkpoints.save(state, [], recipes.digits())
 
 
 # How a folder is written, and how its tensors are read.

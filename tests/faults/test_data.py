@@ -82,6 +82,29 @@ def test_bad_images_above_the_limit_stop_the_run_and_are_named(root, tmp_path):
     assert all(str(path) in errors for path in spoilt)
 
 
+@pytest.mark.parametrize("every_epochs", [1, 4])
+def test_bad_images_of_an_evaluation_cost_no_training_step(every_epochs, root, tmp_path):
+    """Whether a checkpoint was due after that step or not."""
+    spoilt = sorted((root / "val").rglob("*.png"))[5]
+    whole = spoilt.read_bytes()
+    spoilt.write_bytes(b"")
+    flag = f"--config.checkpoint.every_epochs={every_epochs}"
+    for start in ("compiling", "continuing after step 6"):
+        code, output, errors = runs.end(_start(tmp_path / "run", root, flag))
+        assert code == TRAINING_FAILED
+        assert "At most 0 of 12 examples may be bad" in runs.error_line(errors)
+        assert str(spoilt) in errors
+        assert start in output
+        assert runs.saved_steps(tmp_path / "run") == [STEPS_PER_EPOCH]
+    # It does not train on before it has evaluated.
+    assert "compiling" not in output
+    spoilt.write_bytes(whole)
+    runs.finish(_start(tmp_path / "run", root, flag))
+    rows = runs.rows(tmp_path / "run")
+    assert [row["step"] for row in rows if "eval/loss" in row] == [6, 12, 18, 24]
+    assert [row["step"] for row in rows if "train/loss" in row] == [*range(1, 25)]
+
+
 def test_files_that_vanish_during_a_run_are_bad_images(root, tmp_path):
     gone = root / "train" / CLASSES[1]
     process = _start(tmp_path / "run", root, tamper={"damage": [3, str(gone), 0]})
