@@ -17,8 +17,9 @@ from flax import nnx
 
 import metaformer_jax
 from metaformer_jax import create_model, load_weights, save_weights
+from metaformer_jax.models import MetaFormer, SepConv, model_spec
 from metaformer_jax.weights import CheckpointError, read_record
-from metaformer_jax.weights.convert import to_variables, variables_of
+from metaformer_jax.weights.convert import check_name, to_variables, variables_of
 from metaformer_jax.weights.files import write_tensors
 from metaformer_jax.weights.pretrained import build_abstract
 from metaformer_jax.weights.write import write_variables
@@ -283,6 +284,40 @@ def test_saving_refuses_what_a_file_cannot_hold(tmp_path):
         with pytest.raises(ValueError, match=message):
             write_variables({}, tmp_path / output, name=SMALL, model=model, layout=layout)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["folder", "a.safetensors", "a.pth"])
+def test_saving_refuses_a_name_that_is_none_or_another_models(output, tmp_path):
+    model = abstract_model()
+    for name, message in (
+        ("identityformer_s13", "identityformer_s12"),
+        ("identityformer_s24", "must be identityformer_s12"),
+        ("poolformerv2_s12", "must be identityformer_s12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_variables({}, tmp_path / output, name=name, model=model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_refuses_a_name_that_is_none_or_another_models():
+    for name in ("identityformer_s13", "identityformer_s24", "poolformerv2_s12"):
+        with pytest.raises(ValueError, match="`name` must be"):
+            load_weights(abstract_model(), folder_once(), name=name)
+
+
+def test_a_network_of_ones_own_goes_by_the_name_that_its_blocks_are_of():
+    spec = model_spec("convformer_s18")
+    small_kernels = (functools.partial(SepConv, kernel_size=5),) * 4
+    changed = dataclasses.replace(spec, token_mixers=small_kernels)
+    shallow = dataclasses.replace(spec, depths=(1, 1, 1, 1))
+    changed, shallow = (
+        nnx.eval_shape(lambda spec=spec: MetaFormer(spec, rngs=nnx.Rngs(0)))
+        for spec in (changed, shallow)
+    )
+    check_name("convformer_s18_384", changed)
+    with pytest.raises(ValueError, match="must be convformer_s18"):
+        check_name("convformer_s36", changed)
+    check_name("convformer_s36", shallow)
 
 
 def test_neither_the_import_nor_a_folder_needs_torch_and_the_import_is_light():

@@ -10,7 +10,7 @@ from flax import nnx
 
 from metaformer_jax.models import Frozen, MetaFormer, list_models, model_info
 from metaformer_jax.weights.errors import CheckpointError
-from metaformer_jax.weights.layouts import Path, Transform, key_table
+from metaformer_jax.weights.layouts import Path, Transform, dotted, key_table
 from metaformer_jax.weights.recognition import (
     TIMM_FAMILIES,
     CheckpointInfo,
@@ -69,6 +69,27 @@ def to_tensors(variables: Mapping[Path, Any], layout: str) -> dict[str, np.ndarr
         key: np.ascontiguousarray(transform.to_torch(np.asarray(variables[path][...])))
         for path, (key, transform) in key_table(variables, layout).items()
     }
+
+
+def check_name(name: str, model: MetaFormer) -> None:
+    """Refuses a published name of another architecture than the model's.
+
+    A network of one's own that has no published architecture's blocks may go by any of them.
+
+    Raises:
+        ValueError: no published model has this name, or it is one of another architecture.
+    """
+    wanted = model_info(name).architecture
+    if published := published_architecture(model.spec):
+        fitting: tuple[str, ...] = (published,)
+    else:
+        shapes = {dotted(path): value.get_value() for path, value in variables_of(model).items()}
+        fitting = recognise(shapes).architectures
+    if fitting and wanted not in fitting:
+        raise ValueError(
+            f"`name` must be {' or '.join(fitting)}, or one of its other names, for this model, "
+            f"got {name!r}. Give the name that the model was built by."
+        )
 
 
 def check_layout_has(layout: str, name: str) -> None:
