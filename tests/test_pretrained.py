@@ -18,7 +18,11 @@ from flax import nnx
 import metaformer_jax
 from metaformer_jax import create_model, load_weights, save_weights
 from metaformer_jax.models import MetaFormer, SepConv, model_spec
-from metaformer_jax.weights import CheckpointError, read_record
+from metaformer_jax.weights import (
+    CheckpointError,
+    change_in_channels,
+    read_record,
+)
 from metaformer_jax.weights.convert import check_name, to_variables, variables_of
 from metaformer_jax.weights.files import write_tensors
 from metaformer_jax.weights.pretrained import build_abstract
@@ -260,6 +264,21 @@ def test_load_weights_fills_any_model_and_keeps_its_head_on_request_only(tmp_pat
     load_weights(ten, folder_once(), keep_head=True)
     assert_same(values(ten, head=False), values(original, head=False))
     assert_same(values(ten), {**shifted, **values(original, head=False)})
+
+
+def test_what_the_weights_do_not_fill_must_not_be_abstract(tmp_path):
+    """Or the model would be refused where it is used, by an error that does not say why."""
+    for model, keep_head in (
+        (abstract_model(drop_path_rate=0.1), False),
+        (abstract_model(head_dropout=0.1), False),
+        (abstract_model(), True),
+    ):
+        with pytest.raises(ValueError, match=r"`model` must have values.*eval_shape"):
+            load_weights(model, "never read", keep_head=keep_head)
+    with pytest.raises(ValueError, match="`model` must have values"):
+        save_weights(abstract_model(), tmp_path / "folder", name=SMALL)
+    with pytest.raises(ValueError, match="`model` must have values"):
+        change_in_channels(abstract_model(), 4)
 
 
 def test_loaded_arrays_are_placed_as_those_that_they_replace():

@@ -1,9 +1,10 @@
 """Checkpoints to variables and back, exactly or not at all."""
 
 import concurrent.futures
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -28,6 +29,30 @@ def variables_of(model: MetaFormer) -> dict[Path, nnx.Variable[Any]]:
     """Everything that a checkpoint of the model holds: parameters and frozen matrices, by path."""
     flat: Any = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
     return dict(flat)
+
+
+def check_has_values(model: nnx.Module, *, but: Container[Path] = ()) -> None:
+    """Refuses a model that has shapes in place of arrays, as `nnx.eval_shape` makes them.
+
+    Args:
+        model: the model, or a part of it.
+        but: paths at which a shape is enough.
+
+    Raises:
+        ValueError: a parameter, or the state of a random stream, has no value.
+    """
+    flat: Any = nnx.to_flat_state(nnx.state(model))
+    shapes = [
+        dotted(path)
+        for path, variable in flat
+        if path not in but and isinstance(variable.get_value(), jax.ShapeDtypeStruct)
+    ]
+    if shapes:
+        raise ValueError(
+            f"`model` must have values, got {len(shapes)} shapes without any, such as {shapes[0]}. "
+            "Build it without nnx.eval_shape, or with its weights by "
+            "create_model(..., pretrained=path, rngs=rngs)."
+        )
 
 
 def to_variables(tensors: dict[str, np.ndarray], model: MetaFormer) -> Variables:

@@ -10,7 +10,13 @@ from flax import nnx
 
 from metaformer_jax import models
 from metaformer_jax.models import MetaFormer
-from metaformer_jax.weights.convert import Variables, check_name, to_variables, variables_of
+from metaformer_jax.weights.convert import (
+    Variables,
+    check_has_values,
+    check_name,
+    to_variables,
+    variables_of,
+)
 from metaformer_jax.weights.read import Checkpoint, read_checkpoint
 from metaformer_jax.weights.recognition import recognise
 from metaformer_jax.weights.surgery import (
@@ -102,7 +108,8 @@ def load_weights(
     Without the last three everything has to fit.
 
     Args:
-        model: the model, built eagerly or abstractly (`nnx.eval_shape`).
+        model: the model, built eagerly; or abstractly (`nnx.eval_shape`), where it drops nothing
+            and does not keep its head, for which the weights have no values.
         path: a converted folder, a run's workdir, a `.safetensors` or a `.pth` file, in any layout.
         name: the published name that neither model nor checkpoint must contradict.
         entry: which entry of a training checkpoint to take, see `files.read_tensors`.
@@ -117,8 +124,10 @@ def load_weights(
         CheckpointError: the weights do not fit; the model is as it was.
         FileNotFoundError: nothing is at the path.
         ValueError: the class map is none, or the model has other classes; the name is unknown or
-            another model's.
+            another model's; parts of the model would stay abstract.
     """
+    filled = {path for path in variables_of(model) if not (keep_head and path[0] == "head")}
+    check_has_values(model, but=filled)
     variables = fitted_variables(
         model,
         path,

@@ -10,6 +10,7 @@ from metaformer_jax.models import MetaFormer, model_info
 from metaformer_jax.weights import converted
 from metaformer_jax.weights.convert import (
     Variables,
+    check_has_values,
     check_layout_has,
     check_name,
     to_tensors,
@@ -44,8 +45,10 @@ def save_weights(
 
     Raises:
         FileExistsError: something is there.
-        ValueError: an unknown name or another model's, or the layout cannot hold the model.
+        ValueError: an unknown name or another model's, the layout cannot hold the model, or the
+            model is abstract.
     """
+    check_has_values(model)
     variables = {key: np.asarray(value[...]) for key, value in variables_of(model).items()}
     return write_variables(
         variables, path, name=name, model=model, layout=layout, force=force, **source
