@@ -26,6 +26,7 @@ from metaformer_jax.weights import (
 from metaformer_jax.weights.convert import check_name, to_variables, variables_of
 from metaformer_jax.weights.files import write_tensors
 from metaformer_jax.weights.pretrained import build_abstract
+from metaformer_jax.weights.read import read_checkpoint
 from metaformer_jax.weights.write import write_variables
 
 pytestmark = pytest.mark.optimized
@@ -302,6 +303,33 @@ def test_saving_refuses_what_a_file_cannot_hold(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             write_variables({}, tmp_path / output, name=SMALL, model=model, layout=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_saved_as_it_is_and_read_exactly(dtype, tmp_path):
+    model = create_model(SMALL, num_classes=2, rngs=nnx.Rngs(0))
+    halved = jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.state(model, nnx.Param))
+    nnx.update(model, halved)
+    expected = {path: array.astype(np.float32) for path, array in values(model).items()}
+    for output in ("folder", "a.safetensors", "b.safetensors", "a.pth"):
+        layout = "sail" if output == "b.safetensors" else None
+        save_weights(model, tmp_path / output, name=SMALL, layout=layout)
+        back = create_model(SMALL, pretrained=tmp_path / output, num_classes=2, rngs=nnx.Rngs(1))
+        assert_same(values(back), expected)
+        written = read_checkpoint(tmp_path / output).tensors
+        assert {tensor.dtype for tensor in written.values()} == {jnp.dtype(dtype)}
+    state_dict = torch.load(tmp_path / "a.pth", weights_only=True)
+    wanted = {jnp.bfloat16: torch.bfloat16, jnp.float16: torch.float16}[dtype]
+    assert {tensor.dtype for tensor in state_dict.values()} == {wanted}
+
+
+@pytest.mark.parametrize("output", ["folder", "a.safetensors", "a.pth"])
+def test_saving_refuses_types_that_reading_does(output, tmp_path):
+    model = abstract_model()
+    variables = {path: np.zeros(v.shape, np.float64) for path, v in variables_of(model).items()}
+    with pytest.raises(ValueError, match=r"must have parameters in float32, .* got float64 for"):
+        write_variables(variables, tmp_path / output, name=SMALL, model=model)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -117,6 +117,20 @@ def check_name(name: str, model: MetaFormer) -> None:
         )
 
 
+def check_dtypes(variables: Mapping[Path, Any]) -> None:
+    """Refuses to write what would not be read.
+
+    Raises:
+        ValueError: a value is not float32, float16 or bfloat16.
+    """
+    for path, array in variables.items():
+        if array.dtype not in _EXACT_DTYPES:
+            raise ValueError(
+                f"`model` must have parameters in float32, float16 or bfloat16, got {array.dtype} "
+                f"for {dotted(path)}. Cast it first."
+            )
+
+
 def check_layout_has(layout: str, name: str) -> None:
     """Refuses to write a model in a layout whose code cannot build it.
 

@@ -10,6 +10,7 @@ from metaformer_jax.models import MetaFormer, model_info
 from metaformer_jax.weights import converted
 from metaformer_jax.weights.convert import (
     Variables,
+    check_dtypes,
     check_has_values,
     check_layout_has,
     check_name,
@@ -46,7 +47,7 @@ def save_weights(
     Raises:
         FileExistsError: something is there.
         ValueError: an unknown name or another model's, the layout cannot hold the model, or the
-            model is abstract.
+            model is abstract, or has parameters in another type than float32, float16 or bfloat16.
     """
     check_has_values(model)
     variables = {key: np.asarray(value[...]) for key, value in variables_of(model).items()}
@@ -67,6 +68,7 @@ def write_variables(
 ) -> converted.Record:
     """`save_weights` of values that stand beside the model, which may be abstract."""
     check_name(name, model)
+    check_dtypes(variables)
     layout = check_destination(path, name=name, layout=layout, force=force)
     record = converted.make_record(name, model, **source)
     suffix = pathlib.Path(path).suffix
