@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from metaformer_jax.models import MetaFormer, RandomMixing
-from metaformer_jax.models.metaformer import check_rate
+from metaformer_jax.models.metaformer import as_pair, at_least, check_rate
 from metaformer_jax.weights.convert import check_has_values
 
 NUM_IMAGENET_1K = 1000
@@ -37,8 +37,7 @@ def replace_head(
     Raises:
         ValueError: `num_classes` is negative, or `head_dropout` not in [0, 1).
     """
-    if num_classes < 0:
-        raise ValueError(f"`num_classes` must be a whole number of at least 0, got {num_classes}.")
+    num_classes = at_least(0, num_classes=num_classes)
     if head_dropout is None:
         dropout = getattr(model.head, "dropout", None)
         head_dropout = 0.0 if dropout is None else dropout.rate
@@ -98,8 +97,7 @@ def change_in_channels(model: MetaFormer, in_channels: int) -> None:
     Raises:
         ValueError: `in_channels` is below 1, or the model is abstract.
     """
-    if in_channels < 1:
-        raise ValueError(f"`in_channels` must be a whole number of at least 1, got {in_channels}.")
+    in_channels = at_least(1, in_channels=in_channels)
     conv = model.downsample_layers[0].conv
     check_has_values(conv)
     kernel = conv.kernel[...]
@@ -133,9 +131,7 @@ def set_image_size(
         ValueError: the model has random matrices of another size and `resample` is not given, or
             the size is too small for the model, or the model is abstract.
     """
-    size = (
-        (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-    )
+    size = as_pair(image_size)
     resolutions = model.spec.stage_resolutions(size)
     changed = [
         (block.token_mixer, resolution)
