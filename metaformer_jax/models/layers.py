@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from metaformer_jax.models.matmul import matmul
 from metaformer_jax.models.normalization import LayerNorm
+from metaformer_jax.models.promotion import promoted
 from metaformer_jax.models.star_relu import (
     StarReLU,
     activate_and_apply,
@@ -125,7 +126,8 @@ class ResScale(nnx.Module):
         self.scale = nnx.Param(init(rngs.params(), (dim,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-        return (x * self.scale[...]).astype(x.dtype)
+        wide, scale = promoted(x, self.scale[...])
+        return (wide * scale).astype(x.dtype)
 
 
 class ImageKeys:

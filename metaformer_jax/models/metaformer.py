@@ -22,6 +22,7 @@ from metaformer_jax.models.layers import (
     layer_norm,
 )
 from metaformer_jax.models.mixers import TokenMixerFn
+from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.stages import drops, remat_here, remat_name, run_blocks
 
 
@@ -261,7 +262,7 @@ class MetaFormer(nnx.Module):
 
     def pool(self, x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
         """Averages the last stage's output over all tokens and normalises it, in float32."""
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = wide_dtype(x.dtype)
         return self.norm(jnp.mean(x, axis=(1, 2), dtype=wide))
 
     def __call__(
