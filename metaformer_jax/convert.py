@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+# What a checkpoint of one name may differ in.
+_SETTINGS = ("num_classes", "in_channels", "image_size")
 
 
 def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -62,7 +64,7 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         "model_ema, state_dict and model",
     )
     parser.add_argument("--num-classes", type=int, help="if not as published")
-    parser.add_argument("--in-channels", type=int, default=3, help="if not 3")
+    parser.add_argument("--in-channels", type=int, help="if not 3")
     parser.add_argument("--image-size", type=int, help="RandFormer only: if not as published")
     args = parser.parse_args(argv)
     if args.reverse and args.verify:
@@ -87,25 +89,29 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 def convert(args: argparse.Namespace) -> list["Record"]:
     """Reads, checks, converts and writes; nothing is written before all is checked."""
     from metaformer_jax.weights import pretrained, read_record, verify, workdir, write
+    from metaformer_jax.weights.converted import is_portable_file
 
     name = args.model
-    settings: dict[str, Any] = {"num_classes": args.num_classes, "in_channels": args.in_channels}
-    settings["image_size"] = args.image_size
+    asked = {key: getattr(args, key) for key in _SETTINGS if getattr(args, key) is not None}
+    settings = asked
     if workdir.is_workdir(args.input):
         name = name or workdir.model_name(args.input)
-    elif args.input.is_dir() or (name is None and args.input.suffix == ".safetensors"):
+    elif args.input.is_dir() or is_portable_file(args.input):
         record = read_record(args.input)
         name = name or record.model
-        settings = {key: getattr(record, key) for key in settings}
+        settings = {key: getattr(record, key) for key in _SETTINGS}
     if name is None:
-        raise ValueError(f"--model must be given for {args.input.name}: it does not say it.")
+        raise ValueError(
+            f"--model must be given for {args.input.name}, which does not name its published "
+            "model. `python -m metaformer_jax.zoo` lists them."
+        )
     layout = (args.layout or "sail") if args.reverse else None
     for path in args.output:
         write.check_destination(path, name=name, layout=layout, force=args.force)
     model, variables, checkpoint = pretrained.read_and_build(
         args.input, name, entry=args.entry, with_hash=True, **settings
     )
-    _check_as_asked(model, settings)
+    _check_as_asked(model, asked)
     if args.verify:
         pretrained.fill(model, variables)
         error = verify.relative_error_to_timm(args.input, model, name=name, entry=args.entry)
@@ -129,12 +135,12 @@ def convert(args: argparse.Namespace) -> list["Record"]:
     ]
 
 
-def _check_as_asked(model: "MetaFormer", settings: dict[str, Any]) -> None:
-    for key in ("num_classes", "in_channels"):
-        asked, found = settings[key], getattr(model, key)
-        if asked not in (None, found):
+def _check_as_asked(model: "MetaFormer", asked: dict[str, Any]) -> None:
+    for key, value in asked.items():
+        found = getattr(model, key)
+        if value != found and (value, value) != found:
             flag = "--" + key.replace("_", "-")
-            raise ValueError(f"{flag} must be what the checkpoint has, {found}, got {asked}.")
+            raise ValueError(f"{flag} must be what the checkpoint has, {found}, got {value}.")
 
 
 def main(

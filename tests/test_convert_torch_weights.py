@@ -16,9 +16,9 @@ import torch
 from flax import nnx
 
 from metaformer_jax import create_model
-from metaformer_jax.weights import verify
+from metaformer_jax.weights import read_record, verify
 from metaformer_jax.weights.convert import variables_of
-from metaformer_jax.weights.files import read_tensors
+from metaformer_jax.weights.files import read_tensors, write_tensors
 
 PROGRAM = pathlib.Path(__file__).parents[1] / "tools" / "convert_torch_weights.py"
 NAME = "poolformerv2_s12"
@@ -44,6 +44,7 @@ def files(tmp_path_factory):
     torch.save(
         {"state_dict": {f"module.{key}": value for key, value in timm.items()}}, folder / "timm.pth"
     )
+    write_tensors(folder / "timm.safetensors", reference.state_dict(NAME, "timm"), {})
     return folder
 
 
@@ -137,6 +138,26 @@ def test_several_outputs_hold_the_same(run, files, tmp_path):
     assert set(back) == set(reference.state_dict(NAME))
 
 
+def test_what_a_record_says_is_not_changed_by_flags(run, files, tmp_path):
+    flags = ["--model", NAME, "--image-size", "64"]
+    for output in ("folder", "portable.safetensors"):
+        assert run(files / "sail.pth", *flags, "--output", output)[0] == 0
+        before = everything_in(tmp_path)
+        for flag, value, found in (
+            ("--num-classes", "7", "1000"),
+            ("--in-channels", "5", "3"),
+            ("--image-size", "224", "(64, 64)"),
+        ):
+            result = run(output, "--reverse", flag, value, "--output", "back.pth")
+            assert_refused(result, f"{flag} must be what the checkpoint has, {found}, got {value}")
+        assert everything_in(tmp_path) == before
+        back = ["--reverse", *flags, "--num-classes", "1000", "--output", "b.pth", "--force"]
+        assert run(output, *back)[0] == 0
+    # With its name given or not.
+    assert run(output, "--model", NAME, "--output", "again")[0] == 0
+    assert read_record(tmp_path / "again").image_size == (64, 64)
+
+
 def test_what_does_not_fit_is_refused_and_leaves_nothing(run, files, tmp_path):
     good = torch.load(files / "sail.pth", weights_only=True)
     broken = tmp_path / "broken.pth"
@@ -202,7 +223,9 @@ def test_a_malicious_file_ends_with_one_message_and_without_running(tmp_path):
     [
         (["nothing.pth", "--model", NAME, "--output", "out"], "existing checkpoint"),
         (["{sail}", "--output", "out"], "--model must be given"),
-        (["{timm}", "--output", "out"], "must be converted weights"),
+        (["{timm}", "--output", "out"], "--model must be given"),
+        (["nothing.safetensors", "--output", "out"], "existing checkpoint"),
+        (["nothing", "--output", "out"], "existing checkpoint"),
         (["{sail}", "--model", "caformer_s81", "--output", "out"], "Did you mean caformer_s18"),
         (["{sail}", "--model", NAME], "--output"),
         (["{sail}", "--model", NAME, "--output", "out.pth"], "takes --reverse"),

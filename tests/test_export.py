@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import reference
@@ -95,6 +96,18 @@ def test_an_onnx_file_gives_the_models_logits_for_any_number_of_images(family, c
     for size in (3, 1):
         (logits,) = session.run(["logits"], {"images": images[:size]})
         assert reference.relative_error(logits, expected[:size]) < 1e-5
+
+
+def test_a_model_in_training_mode_is_exported_as_it_evaluates():
+    pytest.importorskip("flatbuffers", reason=NO_FLATBUFFERS)
+    spec = FAMILIES["caformer"].spec(depths=(1,) * 4, dims=(8,) * 4)
+    model = MetaFormer(spec, num_classes=3, image_size=32, drop_path_rate=0.5, rngs=nnx.Rngs(0))
+    exported = artefacts.export_stablehlo(model, platforms=["cpu"])
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    logits = jax.export.deserialize(bytearray(exported)).call(images)
+    assert not model.stages[1][0].drop_path1.deterministic
+    model.eval()
+    assert reference.relative_error(logits, model(images)) < 1e-5
 
 
 def test_the_model_is_as_before_an_export():

@@ -112,7 +112,7 @@ def test_a_missing_file_says_so_and_gives_the_manual_way(server, tmp_path):
     assert (
         "huggingface.co/timm/poolformerv2_s12.sail_in1k/resolve/main/model.safetensors" in message
     )
-    assert "convert_torch_weights.py model.safetensors --model poolformerv2_s12" in message
+    assert "metaformer_jax.convert model.safetensors --model poolformerv2_s12" in message
     assert not left_in(tmp_path)
 
 

@@ -97,6 +97,36 @@ def test_it_may_be_a_part_of_a_larger_program(model, images):
     assert np.abs(gradient).max() > 0
 
 
+def test_images_known_to_the_larger_program_are_no_program_of_their_own(model, images):
+    answer = jit_inference(model)
+    known = jax.jit(lambda factor: factor * answer(images))(2.0)
+    np.testing.assert_allclose(known, 2 * answer(images), rtol=1e-5, atol=1e-6)
+    alone = jax.jit(lambda: answer(np.asarray(images)))()
+    np.testing.assert_allclose(alone, answer(images), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_may_belong_to_the_larger_program_too(model, images):
+    answered = nnx.jit(lambda model, images: jit_inference(model)(images))(model, images)
+    np.testing.assert_allclose(answered, expected(model, images), rtol=1e-5, atol=1e-6)
+
+
+def test_an_abstract_model_is_refused(model):
+    with pytest.raises(ValueError, match=r"`model` must have values, got .*eval_shape"):
+        jit_inference(nnx.eval_shape(lambda: nnx.clone(model)))
+
+
+def test_keywords_are_the_functions(model, images):
+    def scaled(model, images, *, factor):
+        return factor * model(images)
+
+    answer = jit_inference(model, scaled)
+    expected = 3 * jit_inference(model)(images)
+    np.testing.assert_allclose(answer(images, factor=3.0), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(answer(factor=3.0, images=images), expected, rtol=1e-5, atol=1e-6)
+    within = jax.jit(lambda factor: answer(images, factor=factor))(3.0)
+    np.testing.assert_allclose(within, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def asked_anew():
     """What JAX knows."""

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -209,12 +210,57 @@ def test_random_mixing_names_its_image_size_and_the_remedy():
         ({"image_size": 0}, "`image_size` must be a positive whole number.*got 0"),
         ({"image_size": (224,)}, r"`image_size` .*got \(224,\)"),
         ({"image_size": 2}, "large enough"),
+        ({"image_size": "32"}, "`image_size` .*got '32'"),
+        ({"num_classes": 5.0}, "`num_classes` .* at least 0, got 5.0"),
         ({"dtype": jnp.int32}, "`dtype` must be a floating-point type"),
+        ({"dtype": "float31"}, "`dtype` must be a floating-point type"),
+        ({"dtype": None}, "`dtype` must be a floating-point type"),
+        ({"rngs": 0}, "`rngs` must be nnx.Rngs, got int"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         _model(**arguments)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, jnp.int32])
+def test_whole_numbers_may_be_numpys_or_jaxs(integer, images):
+    numbers = {"num_classes": integer(5), "in_channels": integer(3), "image_size": integer(32)}
+    spec = dataclasses.replace(SPEC, depths=tuple(map(integer, (1, 1))), dims=(integer(8), 16))
+    model = _model(spec, **numbers, scan=integer(1))
+    assert model(images).shape == (2, 5)
+    assert model.image_size == (32, 32)
+    assert spec == dataclasses.replace(SPEC, depths=(1, 1), dims=(8, 16))
+    of_model = (model.num_classes, model.in_channels, *model.image_size, model.scan, *spec.depths)
+    assert {type(number) for number in of_model} == {int}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (lambda key: jax.random.split(key, 3), r"a key for each of the 2 images, got 3"),
+        (lambda key: key, r"one for each image, got key<fry>\[\]"),
+        (lambda _: jnp.arange(2), r"one for each image, got int32\[2\]"),
+    ],
+)
+def test_keys_of_another_number_than_the_images_are_refused(keys, message, images):
+    for rates in ({"drop_path_rate": 0.5}, {"head_dropout": 0.5}):
+        model = _model(**rates)
+        with pytest.raises(ValueError, match=message):
+            model(images, rngs=ImageKeys(keys(jax.random.key(0))))
+
+
+def test_keys_without_a_type_are_keys_too(images):
+    model = _model(drop_path_rate=0.5)
+    keys = jax.random.split(jax.random.key(0), 2)
+    expected = model(images, rngs=ImageKeys(keys))
+    raw = ImageKeys(jax.random.key_data(keys))
+    np.testing.assert_array_equal(model(images, rngs=raw), expected)
+
+
+def test_one_key_for_all_layers_is_refused(images):
+    with pytest.raises(ValueError, match=r"`rngs` must be nnx.Rngs or ImageKeys.*drop alike"):
+        _model(drop_path_rate=0.5)(images, rngs=jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +272,7 @@ def test_arguments_out_of_range_are_refused(arguments, message):
         ({"res_scale_init": (None,) * 4}, "`res_scale_init` must have one entry.*got 4"),
         ({"depths": (1, 0)}, r"`depths` must be positive whole numbers, got \(1, 0\)"),
         ({"dims": (8, 1.5)}, "`dims` must be positive whole numbers"),
+        ({"mlp_ratio": float("nan")}, "`mlp_ratio` must be positive, got nan"),
         ({"mlp_ratio": 0}, "`mlp_ratio` must be positive, got 0"),
     ],
 )

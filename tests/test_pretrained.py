@@ -17,10 +17,17 @@ from flax import nnx
 
 import metaformer_jax
 from metaformer_jax import create_model, load_weights, save_weights
-from metaformer_jax.weights import CheckpointError, map_head_to_imagenet_1k, read_record
-from metaformer_jax.weights.convert import to_variables, variables_of
+from metaformer_jax.models import MetaFormer, SepConv, model_spec
+from metaformer_jax.weights import (
+    CheckpointError,
+    change_in_channels,
+    map_head_to_imagenet_1k,
+    read_record,
+)
+from metaformer_jax.weights.convert import check_name, to_variables, variables_of
 from metaformer_jax.weights.files import write_tensors
 from metaformer_jax.weights.pretrained import build_abstract
+from metaformer_jax.weights.read import read_checkpoint
 from metaformer_jax.weights.write import write_variables
 
 pytestmark = pytest.mark.optimized
@@ -274,6 +281,21 @@ def test_load_weights_fills_any_model_and_keeps_its_head_on_request_only(tmp_pat
     assert_same(values(ten), {**shifted, **values(original, head=False)})
 
 
+def test_what_the_weights_do_not_fill_must_not_be_abstract(tmp_path):
+    """Or the model would be refused where it is used, by an error that does not say why."""
+    for model, keep_head in (
+        (abstract_model(drop_path_rate=0.1), False),
+        (abstract_model(head_dropout=0.1), False),
+        (abstract_model(), True),
+    ):
+        with pytest.raises(ValueError, match=r"`model` must have values.*eval_shape"):
+            load_weights(model, "never read", keep_head=keep_head)
+    with pytest.raises(ValueError, match="`model` must have values"):
+        save_weights(abstract_model(), tmp_path / "folder", name=SMALL)
+    with pytest.raises(ValueError, match="`model` must have values"):
+        change_in_channels(abstract_model(), 4)
+
+
 def test_loaded_arrays_are_placed_as_those_that_they_replace():
     mesh = jax.make_mesh((1,), ("fsdp",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
@@ -296,6 +318,67 @@ def test_saving_refuses_what_a_file_cannot_hold(tmp_path):
         with pytest.raises(ValueError, match=message):
             write_variables({}, tmp_path / output, name=SMALL, model=model, layout=layout)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_saved_as_it_is_and_read_exactly(dtype, tmp_path):
+    model = create_model(SMALL, num_classes=2, rngs=nnx.Rngs(0))
+    halved = jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.state(model, nnx.Param))
+    nnx.update(model, halved)
+    expected = {path: array.astype(np.float32) for path, array in values(model).items()}
+    for output in ("folder", "a.safetensors", "b.safetensors", "a.pth"):
+        layout = "sail" if output == "b.safetensors" else None
+        save_weights(model, tmp_path / output, name=SMALL, layout=layout)
+        back = create_model(SMALL, pretrained=tmp_path / output, num_classes=2, rngs=nnx.Rngs(1))
+        assert_same(values(back), expected)
+        written = read_checkpoint(tmp_path / output).tensors
+        assert {tensor.dtype for tensor in written.values()} == {jnp.dtype(dtype)}
+    state_dict = torch.load(tmp_path / "a.pth", weights_only=True)
+    wanted = {jnp.bfloat16: torch.bfloat16, jnp.float16: torch.float16}[dtype]
+    assert {tensor.dtype for tensor in state_dict.values()} == {wanted}
+
+
+@pytest.mark.parametrize("output", ["folder", "a.safetensors", "a.pth"])
+def test_saving_refuses_types_that_reading_does(output, tmp_path):
+    model = abstract_model()
+    variables = {path: np.zeros(v.shape, np.float64) for path, v in variables_of(model).items()}
+    with pytest.raises(ValueError, match=r"must have parameters in float32, .* got float64 for"):
+        write_variables(variables, tmp_path / output, name=SMALL, model=model)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["folder", "a.safetensors", "a.pth"])
+def test_saving_refuses_a_name_that_is_none_or_another_models(output, tmp_path):
+    model = abstract_model()
+    for name, message in (
+        ("identityformer_s13", "identityformer_s12"),
+        ("identityformer_s24", "must be identityformer_s12"),
+        ("poolformerv2_s12", "must be identityformer_s12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_variables({}, tmp_path / output, name=name, model=model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_refuses_a_name_that_is_none_or_another_models():
+    for name in ("identityformer_s13", "identityformer_s24", "poolformerv2_s12"):
+        with pytest.raises(ValueError, match="`name` must be"):
+            load_weights(abstract_model(), folder_once(), name=name)
+
+
+def test_a_network_of_ones_own_goes_by_the_name_that_its_blocks_are_of():
+    spec = model_spec("convformer_s18")
+    small_kernels = (functools.partial(SepConv, kernel_size=5),) * 4
+    changed = dataclasses.replace(spec, token_mixers=small_kernels)
+    shallow = dataclasses.replace(spec, depths=(1, 1, 1, 1))
+    changed, shallow = (
+        nnx.eval_shape(lambda spec=spec: MetaFormer(spec, rngs=nnx.Rngs(0)))
+        for spec in (changed, shallow)
+    )
+    check_name("convformer_s18_384", changed)
+    with pytest.raises(ValueError, match="must be convformer_s18"):
+        check_name("convformer_s36", changed)
+    check_name("convformer_s36", shallow)
 
 
 def test_neither_the_import_nor_a_folder_needs_torch_and_the_import_is_light():

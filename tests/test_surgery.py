@@ -200,8 +200,9 @@ def test_resampling_keeps_what_a_matrix_does_to_smooth_images():
 def test_models_without_random_matrices_take_any_size_as_they_are():
     model = small()
     before = values(model)
-    set_image_size(model, 64)
-    assert model.image_size == (64, 64)
+    for size in (64, np.int64(64)):
+        set_image_size(model, size)
+        assert model.image_size == (64, 64)
     assert_same(values(model), before)
     with pytest.raises(ValueError, match="large enough"):
         set_image_size(model, 2)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from metaformer_jax.inference.classifier import Classifier
 from metaformer_jax.models import Attention, MetaFormer, Pooling, StarReLU
 from metaformer_jax.models.layers import Linear
+from metaformer_jax.models.metaformer import as_pair
 from metaformer_jax.models.mixers import DepthwiseConv
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.star_relu import squared_relu
@@ -35,7 +36,7 @@ def export_stablehlo(
     `[batch, height, width, channels]` on each of the platforms, without this package.
 
     Args:
-        model: in evaluation mode.
+        model: is exported in evaluation mode, whatever its own.
         image_size: pixels per side, or (height, width); by default what the model was built for.
         platforms: what the program is lowered for: "cpu", "cuda", "rocm", "tpu".
 
@@ -54,6 +55,7 @@ def export_stablehlo(
         raise ValueError(
             f"`platforms` must be some of cpu, cuda, rocm and tpu, got {', '.join(platforms)!r}."
         )
+    model = _in_evaluation_mode(model)
     (batch,) = jax.export.symbolic_shape(BATCH)
     images = jax.ShapeDtypeStruct((batch, *_image_shape(model, image_size)), jnp.float32)
     exported = jax.export.export(jax.jit(functools.partial(_logits, model)), platforms=platforms)
@@ -66,7 +68,7 @@ def export_onnx(model: MetaFormer, *, image_size: int | tuple[int, int] | None =
     Its input is `images`, float32 `[batch, height, width, channels]`, its output `logits`.
 
     Args:
-        model: in evaluation mode.
+        model: is exported in evaluation mode, whatever its own.
         image_size: pixels per side, or (height, width); by default what the model was built for.
 
     Raises:
@@ -79,6 +81,7 @@ def export_onnx(model: MetaFormer, *, image_size: int | tuple[int, int] | None =
         raise ImportError(
             'An ONNX file needs jax2onnx. Install it with: pip install "metaformer-jax[onnx]"'
         ) from error
+    model = _in_evaluation_mode(model)
     shape = _image_shape(model, image_size)
     plain = _in_plain_operations(model)
     with _quiet():
@@ -117,6 +120,12 @@ def describe(classifier: Classifier) -> dict[str, Any]:
     }
 
 
+def _in_evaluation_mode(model: MetaFormer) -> MetaFormer:
+    model = nnx.clone(model)
+    model.eval()
+    return model
+
+
 def _logits(model: MetaFormer, images: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
     return model(images)
 
@@ -124,9 +133,7 @@ def _logits(model: MetaFormer, images: Float[Array, "b h w c"]) -> Float[Array, 
 def _image_shape(
     model: MetaFormer, image_size: int | tuple[int, int] | None
 ) -> tuple[int, int, int]:
-    if image_size is None:
-        image_size = model.image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = model.image_size if image_size is None else as_pair(image_size)
     # Refuses what the model does, in words.
     jax.eval_shape(lambda images: model(images), jnp.zeros((1, height, width, model.in_channels)))
     return height, width, model.in_channels
@@ -187,7 +194,6 @@ class _Pooling(Pooling):
 def _in_plain_operations(model: MetaFormer) -> MetaFormer:
     # jax2onnx replaces Flax's layers by its own, which do not take all arguments of ours, and it
     # knows no branches by platform.
-    model = nnx.clone(model)
     plain = {
         nnx.Conv: _Conv,
         nnx.Linear: _Linear,

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.lanes import images_along_lanes
+from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.schedule import run_after
 from metaformer_jax.models.triton import differentiated_as, has_kernels
 
@@ -249,7 +250,7 @@ def _exponentials(
 
 
 def _accumulator(array: Array) -> jnp.dtype:
-    return jnp.promote_types(array.dtype, jnp.float32)
+    return wide_dtype(array.dtype)
 
 
 def _swapped(array: Float[Array, "b t n d"]) -> Float[Array, "b n t d"]:

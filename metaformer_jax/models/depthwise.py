@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import depthwise_banded, depthwise_triton
+from metaformer_jax.models.promotion import wide_dtype
 
 # Of a CPU, in float32 numbers.
 _CACHE_LINE = 16
@@ -134,7 +135,7 @@ def _spaced(x: Array) -> Array:
 
 def _shifted(x: Array, kernel: Array) -> Array:
     (kh, kw, c), (h, w) = kernel.shape, x.shape[1:3]
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = wide_dtype(x.dtype)
     padded, spaced = _padded(x, kernel), _spaced(kernel.astype(accumulator))
     taps = (
         padded[:, i : i + h, j : j + w, :c].astype(accumulator) * spaced[i, j, :c]
@@ -166,7 +167,7 @@ def _kernel_gradient_by_blocks(x: Array, cotangent: Array, kernel: Array) -> Arr
     # Some channels of a block of pixels, and of what is under the kernel there, stay in the nearest
     # cache; whole rows do not. Each image has a sum of its own, so that cores can share the images.
     (kh, kw, c), (b, h, w) = kernel.shape, x.shape[:3]
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = wide_dtype(x.dtype)
     padded = jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
     r, s = _block(h, w)
     channels = _channels_together(c)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 # XLA gives matrix products, convolutions and sums on CPUs to YNNPACK. With the first two by Eigen,
@@ -61,19 +62,29 @@ def jit_inference(
             `metaformer_jax.MetaFormer.features`; by default the model itself.
 
     Returns:
-        A function of what `function` takes beside the model. Compiled once for each shape; within
-        another `jax.jit` or gradient it is a part of that.
+        A function of what `function` takes beside the model, arrays all of it, by place or by
+        keyword. Compiled once for each shape; within another `jax.jit` or gradient it is a part of
+        that.
+
+    Raises:
+        ValueError: the model is abstract (`nnx.eval_shape`).
     """
     graphdef, state = nnx.split(model)
     # Only the arrays: what holds them is the model's own, and changes with it.
     leaves, structure = jax.tree.flatten(state)
-    platforms = _platforms(leaves)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise ValueError(
+            "`model` must have values, got one made under nnx.eval_shape. Load its weights first."
+        )
 
-    def answer(leaves: list[Any], *inputs: Any) -> Any:
+    def answer(leaves: list[Any], *inputs: Any, **named: Any) -> Any:
         model = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
         model.eval()
-        return function(model, *inputs)
+        return function(model, *inputs, **named)
 
+    if _is_traced(leaves):
+        return functools.partial(answer, leaves)
+    platforms = _platforms(leaves)
     if platforms == ["cpu"]:
         jitted: Callable[..., Any] = jax.jit(
             functools.partial(answer, leaves), compiler_options=compiler_options("cpu")
@@ -83,12 +94,17 @@ def jit_inference(
             jax.jit(answer, compiler_options=compiler_options(platforms[0])), leaves
         )
 
-    def answer_jitted(*inputs: Any) -> Any:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs)):
-            return answer(leaves, *inputs)
-        return jitted(*inputs)
+    def answer_jitted(*inputs: Any, **named: Any) -> Any:
+        # In what is being traced even numbers out of nothing are; there may be no input that is.
+        if _is_traced((inputs, named, jnp.zeros(()))):
+            return answer(leaves, *inputs, **named)
+        return jitted(*inputs, **named)
 
     return answer_jitted
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _platforms(leaves: list[Any]) -> list[str]:

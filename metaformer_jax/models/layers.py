@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from metaformer_jax.models.matmul import matmul
 from metaformer_jax.models.normalization import LayerNorm
+from metaformer_jax.models.promotion import promoted
 from metaformer_jax.models.star_relu import (
     StarReLU,
     activate_and_apply,
@@ -125,7 +126,8 @@ class ResScale(nnx.Module):
         self.scale = nnx.Param(init(rngs.params(), (dim,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-        return (x * self.scale[...]).astype(x.dtype)
+        wide, scale = promoted(x, self.scale[...])
+        return (wide * scale).astype(x.dtype)
 
 
 class ImageKeys:
@@ -137,9 +139,20 @@ class ImageKeys:
     Args:
         keys: one for each image.
         num_draws: how often they were drawn from before.
+
+    Raises:
+        ValueError: `keys` are no keys, or not in one row.
     """
 
     def __init__(self, keys: Key[Array, " b"], *, num_draws: int | Int[Array, ""] = 0):
+        if keys.dtype == jnp.uint32:
+            keys = jax.random.wrap_key_data(keys)
+        if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
+            raise ValueError(
+                "`keys` must be random keys, one for each image, got "
+                f"{keys.dtype}{list(keys.shape)}. Give jax.random.split(jax.random.key(seed), "
+                "num_images)."
+            )
         self.keys = keys
         self.num_draws = num_draws
 
@@ -163,6 +176,11 @@ class Dropout(nnx.Dropout):
     ) -> Float[Array, "b *c"]:
         if not isinstance(rngs, ImageKeys):
             return super().__call__(inputs, deterministic=deterministic, rngs=rngs)
+        if rngs.keys.shape != inputs.shape[:1]:
+            raise ValueError(
+                f"`rngs` must have a key for each of the {inputs.shape[0]} images, got "
+                f"{rngs.keys.shape[0]}. Give ImageKeys(jax.random.split(key, len(images)))."
+            )
         drop = functools.partial(super().__call__, deterministic=deterministic)
         is_active = not (self.deterministic if deterministic is None else deterministic)
         if is_active and self.keep_prob is not None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import operator
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from metaformer_jax.models.layers import (
     layer_norm,
 )
 from metaformer_jax.models.mixers import TokenMixerFn
+from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.stages import drops, remat_here, remat_name, run_blocks
 
 
@@ -88,11 +91,13 @@ class MetaFormerSpec:
                     f"`depths`, got {len(getattr(self, name))}."
                 )
         for name in ("depths", "dims"):
-            if any(value != int(value) or value < 1 for value in getattr(self, name)):
+            numbers = tuple(map(_whole, getattr(self, name)))
+            if any(number is None or number < 1 for number in numbers):
                 raise ValueError(
                     f"`{name}` must be positive whole numbers, got {getattr(self, name)}."
                 )
-        if self.mlp_ratio <= 0:
+            object.__setattr__(self, name, numbers)
+        if not 0 < self.mlp_ratio < math.inf:
             raise ValueError(f"`mlp_ratio` must be positive, got {self.mlp_ratio}.")
 
     def stage_resolutions(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
@@ -101,13 +106,13 @@ class MetaFormerSpec:
         Raises:
             ValueError: nothing is left of the image at some stage.
         """
-        size = _as_pair(image_size)
+        size = as_pair(image_size)
         resolutions = []
         for stage in range(len(self.depths)):
             geometry = self.stem if stage == 0 else self.downsampling
             size = (geometry.out_size(size[0]), geometry.out_size(size[1]))
             if min(size) < 1:
-                height, width = _as_pair(image_size)
+                height, width = as_pair(image_size)
                 raise ValueError(
                     f"Images must be large enough for every stage, got {height}x{width} pixels: "
                     f"stage {stage + 1}, a convolution of {geometry}, would have no output. "
@@ -168,12 +173,12 @@ class MetaFormer(nnx.Module):
         scan: int = 0,
         rngs: nnx.Rngs,
     ):
-        _check_at_least("scan", scan, 0)
-        _check_at_least("num_classes", num_classes, 0)
-        _check_at_least("in_channels", in_channels, 1)
+        scan = at_least(0, scan=scan)
+        num_classes = at_least(0, num_classes=num_classes)
+        in_channels = at_least(1, in_channels=in_channels)
         check_rate("drop_path_rate", drop_path_rate)
         check_rate("head_dropout", head_dropout)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not _is_floating(dtype):
             raise ValueError(
                 f"`dtype` must be a floating-point type, got {dtype!r}. Use jnp.float32 or "
                 "jnp.bfloat16."
@@ -184,7 +189,7 @@ class MetaFormer(nnx.Module):
         self.spec = spec
         self.num_classes = num_classes
         self.in_channels = in_channels
-        self.image_size = _as_pair(image_size)
+        self.image_size = as_pair(image_size)
         self.dtype = dtype
         self.remat = remat_name(remat)
         self.scan = scan
@@ -236,6 +241,11 @@ class MetaFormer(nnx.Module):
             ValueError: the images have another rank, channel count or size than the model takes.
         """
         self._check_images(images)
+        if not isinstance(rngs, nnx.Rngs | ImageKeys | None):
+            raise ValueError(
+                f"`rngs` must be nnx.Rngs or ImageKeys, got {type(rngs).__name__}. With a single "
+                "key all layers would drop alike: give nnx.Rngs(dropout=key)."
+            )
         x = jnp.asarray(images, self.dtype)
         remat = remat_here(self.remat)
         if not any(map(drops, itertools.chain(*self.stages))):
@@ -252,7 +262,7 @@ class MetaFormer(nnx.Module):
 
     def pool(self, x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
         """Averages the last stage's output over all tokens and normalises it, in float32."""
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = wide_dtype(x.dtype)
         return self.norm(jnp.mean(x, axis=(1, 2), dtype=wide))
 
     def __call__(
@@ -310,20 +320,29 @@ class _ParamKeys(nnx.RngStream):
 
 
 def _with_fast_param_keys(rngs: nnx.Rngs) -> nnx.Rngs:
+    if not isinstance(rngs, nnx.Rngs):
+        kind = type(rngs).__name__
+        raise ValueError(f"`rngs` must be nnx.Rngs, got {kind}. Give nnx.Rngs(seed).")
     fast = nnx.Rngs()
     for name, stream in (*rngs.items(), ("params", _ParamKeys(rngs.params()))):
         setattr(fast, name, stream)
     return fast
 
 
-def _as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
+def as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels, of either form that an `image_size` may have.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    pair = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    sides = [side for side in map(_whole, pair) if side is not None and side > 0]
+    if len(pair) != 2 or len(sides) != 2:
         raise ValueError(
             "`image_size` must be a positive whole number of pixels or a pair (height, width) of "
             f"them, got {image_size!r}."
         )
-    return pair
+    return sides[0], sides[1]
 
 
 def check_rate(name: str, rate: float) -> None:
@@ -336,6 +355,29 @@ def check_rate(name: str, rate: float) -> None:
         raise ValueError(f"`{name}` must be in [0, 1), got {rate}.")
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if int(value) != value or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value}.")
+def at_least(least: int, **value: Any) -> int:
+    """The one number given, as Python's own.
+
+    Raises:
+        ValueError: it is not whole, or below `least`; the message names it.
+    """
+    ((name, given),) = value.items()
+    number = _whole(given)
+    if number is None or number < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {given!r}.")
+    return number
+
+
+def _whole(value: Any) -> int | None:
+    """The number, NumPy's and JAX's too, as Python's own; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        return False

@@ -14,6 +14,7 @@ from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.lanes import is_for_tpus
 from metaformer_jax.models.layers import PRODUCT, Frozen, Linear, kernel_init
 from metaformer_jax.models.pooling import average_pool
+from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.star_relu import (
     StarReLU,
     activate_and_apply,
@@ -101,7 +102,7 @@ class Pooling(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         # The difference of two close numbers: in bfloat16 little of it would be left.
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(wide_dtype(x.dtype))
         return (average_pool(wide, self.pool_size) - wide).astype(x.dtype)
 
 

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import normalization_triton
+from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.schedule import run_after
 from metaformer_jax.models.triton import differentiated_as, has_kernels
 
@@ -55,7 +56,7 @@ def _normalize(
 def _forward(
     x: Array, scale: Array, axes: tuple[int, ...], epsilon: float
 ) -> tuple[Array, tuple[Array, ...]]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(wide_dtype(x.dtype))
     mean = checkpoint_name(_unfused(jnp.mean(wide, axes, keepdims=True)), STATISTICS)
     centred = wide - mean
     inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + epsilon)

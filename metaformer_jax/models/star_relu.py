@@ -17,6 +17,7 @@ from metaformer_jax.models import depthwise_banded, depthwise_triton
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.matmul import kernel_gradient, matmul
+from metaformer_jax.models.promotion import promoted
 from metaformer_jax.models.schedule import run_after
 
 
@@ -59,7 +60,8 @@ def squared_relu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 
 def _activate(squares: Array, scale: Array, bias: Array) -> Array:
-    return (scale * squares + bias).astype(squares.dtype)
+    scale, wide, bias = promoted(scale, squares, bias)
+    return (scale * wide + bias).astype(squares.dtype)
 
 
 @jax.custom_vjp
@@ -119,6 +121,7 @@ def _matmul_backward(
     # The product is linear in the squares and in the bias: what is known of it for each of them
     # makes the sums over all activations, for scale and bias, sums over the kernel.
     of_ones = jnp.sum(cotangent, tuple(range(cotangent.ndim - 1)), dtype=scale.dtype)
+    scale, of_squares = promoted(scale, of_squares)
     by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
     wide = kernel.astype(scale.dtype)
     by_scale = jnp.sum(wide * of_squares).reshape(scale.shape)
@@ -245,6 +248,7 @@ def _parameter_gradients(
         precision=lax.Precision.HIGHEST,
     )
     wide = kernel.astype(scale.dtype)
+    scale, of_squares = promoted(scale, of_squares)
     by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
     by_scale = jnp.sum(wide * of_squares).reshape(scale.shape)
     by_bias = jnp.sum(wide * of_ones).reshape(bias.shape)
@@ -334,7 +338,9 @@ def _sum_over_batch(x: Float[Array, "b *c"], dtype: Any) -> Float[Array, "*c"]:
     return lax.platform_dependent(
         x,
         # Its sums over the first axis alone take XLA for CPUs twenty times as long.
-        cpu=lambda x: jnp.tensordot(jnp.ones(len(x), x.dtype), x, 1, preferred_element_type=dtype),
+        cpu=lambda x: jnp.tensordot(
+            jnp.ones(x.shape[0], x.dtype), x, 1, preferred_element_type=dtype
+        ),
         default=lambda x: jnp.sum(x, 0, dtype=dtype),
     )
 
@@ -346,4 +352,5 @@ def _positive(x: Array, cotangent: Array) -> Array:
 
 
 def _input_gradient(positive: Array, scale: Array, by_activated: Array) -> Array:
-    return (by_activated * (2 * scale) * positive).astype(positive.dtype)
+    by_activated, scale, wide = promoted(by_activated, scale, positive)
+    return (by_activated * (2 * scale) * wide).astype(positive.dtype)

@@ -1,16 +1,17 @@
 """Checkpoints to variables and back, exactly or not at all."""
 
 import concurrent.futures
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from metaformer_jax.models import Frozen, MetaFormer, list_models, model_info
 from metaformer_jax.weights.errors import CheckpointError
-from metaformer_jax.weights.layouts import Path, Transform, key_table
+from metaformer_jax.weights.layouts import Path, Transform, dotted, key_table
 from metaformer_jax.weights.recognition import (
     TIMM_FAMILIES,
     CheckpointInfo,
@@ -28,6 +29,30 @@ def variables_of(model: MetaFormer) -> dict[Path, nnx.Variable[Any]]:
     """Everything that a checkpoint of the model holds: parameters and frozen matrices, by path."""
     flat: Any = nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
     return dict(flat)
+
+
+def check_has_values(model: nnx.Module, *, but: Container[Path] = ()) -> None:
+    """Refuses a model that has shapes in place of arrays, as `nnx.eval_shape` makes them.
+
+    Args:
+        model: the model, or a part of it.
+        but: paths at which a shape is enough.
+
+    Raises:
+        ValueError: a parameter, or the state of a random stream, has no value.
+    """
+    flat: Any = nnx.to_flat_state(nnx.state(model))
+    shapes = [
+        dotted(path)
+        for path, variable in flat
+        if path not in but and isinstance(variable.get_value(), jax.ShapeDtypeStruct)
+    ]
+    if shapes:
+        raise ValueError(
+            f"`model` must have values, got {len(shapes)} shapes without any, such as {shapes[0]}. "
+            "Build it without nnx.eval_shape, or with its weights by "
+            "create_model(..., pretrained=path, rngs=rngs)."
+        )
 
 
 def to_variables(tensors: dict[str, np.ndarray], model: MetaFormer) -> Variables:
@@ -69,6 +94,41 @@ def to_tensors(variables: Mapping[Path, Any], layout: str) -> dict[str, np.ndarr
         key: np.ascontiguousarray(transform.to_torch(np.asarray(variables[path][...])))
         for path, (key, transform) in key_table(variables, layout).items()
     }
+
+
+def check_name(name: str, model: MetaFormer) -> None:
+    """Refuses a published name of another architecture than the model's.
+
+    A network of one's own that has no published architecture's blocks may go by any of them.
+
+    Raises:
+        ValueError: no published model has this name, or it is one of another architecture.
+    """
+    wanted = model_info(name).architecture
+    if published := published_architecture(model.spec):
+        fitting: tuple[str, ...] = (published,)
+    else:
+        shapes = {dotted(path): value.get_value() for path, value in variables_of(model).items()}
+        fitting = recognise(shapes).architectures
+    if fitting and wanted not in fitting:
+        raise ValueError(
+            f"`name` must be {' or '.join(fitting)}, or one of its other names, for this model, "
+            f"got {name!r}. Give the name that the model was built by."
+        )
+
+
+def check_dtypes(variables: Mapping[Path, Any]) -> None:
+    """Refuses to write what would not be read.
+
+    Raises:
+        ValueError: a value is not float32, float16 or bfloat16.
+    """
+    for path, array in variables.items():
+        if array.dtype not in _EXACT_DTYPES:
+            raise ValueError(
+                f"`model` must have parameters in float32, float16 or bfloat16, got {array.dtype} "
+                f"for {dotted(path)}. Cast it first."
+            )
 
 
 def check_layout_has(layout: str, name: str) -> None:

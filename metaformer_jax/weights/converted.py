@@ -128,6 +128,16 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
     return (pathlib.Path(path) / RECORD_NAME).is_file()
 
 
+def is_portable_file(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a `.safetensors` file that this project wrote in its own layout.
+
+    Raises:
+        CheckpointError: it is damaged, or no file.
+        FileNotFoundError: nothing is there.
+    """
+    return OWN_KEY in read_metadata(path)
+
+
 def read_record(path: str | os.PathLike[str]) -> Record:
     """The JSON of a folder, or in the header of a portable file.
 
@@ -143,7 +153,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         if text is None:
             raise CheckpointError(
                 f"`path` must be converted weights, got {path}, which has no {RECORD_NAME}. "
-                "tools/convert_torch_weights.py makes them."
+                "`python -m metaformer_jax.convert` makes them."
             )
         fields = json.loads(text)
         if fields["format"] != FORMAT:

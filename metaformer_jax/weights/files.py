@@ -126,7 +126,7 @@ def write_tensors(
 
     Args:
         path: the file; what is there is replaced.
-        tensors: float32 arrays by key.
+        tensors: float32, float16 or bfloat16 arrays by key.
         metadata: kept in a safetensors file's header, beside the tensors' checksum; a PyTorch file
             holds the tensors alone.
     """
@@ -139,7 +139,7 @@ def write_tensors(
         save_file(contiguous, path, metadata={**metadata, _CHECKSUM_KEY: checksum})
     else:
         torch = import_torch()
-        torch.save({key: torch.from_numpy(_writable(t)) for key, t in tensors.items()}, path)
+        torch.save({key: _to_torch(tensor) for key, tensor in tensors.items()}, path)
 
 
 def import_torch() -> Any:
@@ -302,6 +302,10 @@ def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _writable(array: np.ndarray) -> np.ndarray:
+def _to_torch(array: np.ndarray) -> Any:
+    torch = import_torch()
     # torch warns of memory that it must not write to, such as a JAX array's.
-    return array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+    array = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

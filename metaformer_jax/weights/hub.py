@@ -158,7 +158,7 @@ def _reason(error: BaseException) -> str:
 def _manual_way(source: HubFile, name: str) -> str:
     return (
         f"Without a network, fetch that file elsewhere and convert it:\n"
-        f"  python tools/convert_torch_weights.py {pathlib.PurePath(source.filename).name} "
+        f"  python -m metaformer_jax.convert {pathlib.PurePath(source.filename).name} "
         f"--model {name} --output {name}\n"
         f"and load it by path: create_model({name!r}, pretrained={name!r}, ...)."
     )

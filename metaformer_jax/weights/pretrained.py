@@ -10,7 +10,13 @@ from flax import nnx
 
 from metaformer_jax import models
 from metaformer_jax.models import MetaFormer
-from metaformer_jax.weights.convert import Variables, to_variables, variables_of
+from metaformer_jax.weights.convert import (
+    Variables,
+    check_has_values,
+    check_name,
+    to_variables,
+    variables_of,
+)
 from metaformer_jax.weights.read import Checkpoint, read_checkpoint
 from metaformer_jax.weights.recognition import recognise
 from metaformer_jax.weights.surgery import (
@@ -102,9 +108,10 @@ def load_weights(
     Without the last three everything has to fit.
 
     Args:
-        model: the model, built eagerly or abstractly (`nnx.eval_shape`).
+        model: the model, built eagerly; or abstractly (`nnx.eval_shape`), where it drops nothing
+            and does not keep its head, for which the weights have no values.
         path: a converted folder, a run's workdir, a `.safetensors` or a `.pth` file, in any layout.
-        name: the published name that the checkpoint must not contradict.
+        name: the published name that neither model nor checkpoint must contradict.
         entry: which entry of a training checkpoint to take, see `files.read_tensors`.
         keep_head: keep the model's own head and ignore that of the checkpoint, as fine-tuning
             for other classes needs it.
@@ -116,8 +123,11 @@ def load_weights(
     Raises:
         CheckpointError: the weights do not fit; the model is as it was.
         FileNotFoundError: nothing is at the path.
-        ValueError: the class map is none, or the model has other classes.
+        ValueError: the class map is none, or the model has other classes; the name is unknown or
+            another model's; parts of the model would stay abstract.
     """
+    filled = {path for path in variables_of(model) if not (keep_head and path[0] == "head")}
+    check_has_values(model, but=filled)
     variables = fitted_variables(
         model,
         path,
@@ -150,6 +160,8 @@ def fitted_variables(
             f"`class_map` must be left out unless the model has {NUM_IMAGENET_1K} classes, got "
             f"{class_map!r} for {model.num_classes}. Give the model a fresh head instead."
         )
+    if name is not None:
+        check_name(name, model)
     tensors = read_checkpoint(path, name=name, entry=entry).tensors
     # Where the checkpoint's head or stem differs, it has to be whole as well.
     info = recognise(tensors)

@@ -13,11 +13,8 @@ from metaformer_jax.models import model_info
 from metaformer_jax.weights import converted, workdir
 from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.files import (
-    OWN_KEY,
-    SAFETENSORS,
     check_is_file,
     local_path,
-    read_metadata,
     read_tensors,
     sha256,
 )
@@ -84,9 +81,7 @@ def read_checkpoint(
 
 def _own_name(path: pathlib.Path) -> str | None:
     """What a portable file's record calls it; None for other files."""
-    if path.suffix != SAFETENSORS or OWN_KEY not in read_metadata(path):
-        return None
-    return converted.read_record(path).model
+    return converted.read_record(path).model if converted.is_portable_file(path) else None
 
 
 def _check_called(

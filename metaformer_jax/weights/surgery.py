@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from metaformer_jax.models import MetaFormer, RandomMixing
-from metaformer_jax.models.metaformer import check_rate
+from metaformer_jax.models.metaformer import as_pair, at_least, check_rate
+from metaformer_jax.weights.convert import check_has_values
 from metaformer_jax.weights.files import local_path
 
 NUM_IMAGENET_1K = 1000
@@ -36,8 +37,7 @@ def replace_head(
     Raises:
         ValueError: `num_classes` is negative, or `head_dropout` not in [0, 1).
     """
-    if num_classes < 0:
-        raise ValueError(f"`num_classes` must be a whole number of at least 0, got {num_classes}.")
+    num_classes = at_least(0, num_classes=num_classes)
     if head_dropout is None:
         dropout = getattr(model.head, "dropout", None)
         head_dropout = 0.0 if dropout is None else dropout.rate
@@ -67,7 +67,7 @@ def map_head_to_imagenet_1k(model: MetaFormer, class_map: str | os.PathLike[str]
 
     Raises:
         ValueError: the model has another head, or the map is not of this form, names a class
-            twice or out of range, or leaves out another class than 850.
+            twice or out of range, or leaves out another class than 850; or the model is abstract.
     """
     if model.num_classes != NUM_IMAGENET_21K:
         raise ValueError(
@@ -76,6 +76,7 @@ def map_head_to_imagenet_1k(model: MetaFormer, class_map: str | os.PathLike[str]
         )
     target, source = _read_class_map(class_map)
     head: Any = model.head
+    check_has_values(head)
     layer = head.fc2 if hasattr(head, "fc2") else head.fc
     for variable in (layer.kernel, layer.bias):
         values = variable[...]
@@ -94,11 +95,11 @@ def change_in_channels(model: MetaFormer, in_channels: int) -> None:
     filter, scaled so that the model answers as it did to images whose channels are all alike.
 
     Raises:
-        ValueError: `in_channels` is below 1.
+        ValueError: `in_channels` is below 1, or the model is abstract.
     """
-    if in_channels < 1:
-        raise ValueError(f"`in_channels` must be a whole number of at least 1, got {in_channels}.")
+    in_channels = at_least(1, in_channels=in_channels)
     conv = model.downsample_layers[0].conv
+    check_has_values(conv)
     kernel = conv.kernel[...]
     old = kernel.shape[2]
     if in_channels > old:
@@ -128,11 +129,9 @@ def set_image_size(
 
     Raises:
         ValueError: the model has random matrices of another size and `resample` is not given, or
-            the size is too small for the model.
+            the size is too small for the model, or the model is abstract.
     """
-    size = (
-        (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-    )
+    size = as_pair(image_size)
     resolutions = model.spec.stage_resolutions(size)
     changed = [
         (block.token_mixer, resolution)
@@ -146,6 +145,8 @@ def set_image_size(
             f"`image_size` must be {model.image_size}, for which the model's random matrices were "
             f"drawn, got {size}. Resize the images, or give resample=True to resample the matrices."
         )
+    for mixer, _ in changed:
+        check_has_values(mixer)
     for mixer, resolution in changed:
         matrix = _resample(mixer.random_matrix[...], mixer.resolution, resolution)
         mixer.random_matrix.set_value(matrix)

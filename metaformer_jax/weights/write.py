@@ -6,9 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from metaformer_jax.models import MetaFormer
+from metaformer_jax.models import MetaFormer, model_info
 from metaformer_jax.weights import converted
-from metaformer_jax.weights.convert import Variables, check_layout_has, to_tensors, variables_of
+from metaformer_jax.weights.convert import (
+    Variables,
+    check_dtypes,
+    check_has_values,
+    check_layout_has,
+    check_name,
+    to_tensors,
+    variables_of,
+)
 from metaformer_jax.weights.files import SAFETENSORS, TORCH_SUFFIXES, write_tensors
 from metaformer_jax.weights.outputs import check_output, whole_output
 
@@ -38,8 +46,10 @@ def save_weights(
 
     Raises:
         FileExistsError: something is there.
-        ValueError: an unknown name, or the layout cannot hold the model.
+        ValueError: an unknown name or another model's, the layout cannot hold the model, or the
+            model is abstract, or has parameters in another type than float32, float16 or bfloat16.
     """
+    check_has_values(model)
     variables = {key: np.asarray(value[...]) for key, value in variables_of(model).items()}
     return write_variables(
         variables, path, name=name, model=model, layout=layout, force=force, **source
@@ -57,6 +67,8 @@ def write_variables(
     **source: Any,
 ) -> converted.Record:
     """`save_weights` of values that stand beside the model, which may be abstract."""
+    check_name(name, model)
+    check_dtypes(variables)
     layout = check_destination(path, name=name, layout=layout, force=force)
     record = converted.make_record(name, model, **source)
     suffix = pathlib.Path(path).suffix
@@ -79,6 +91,7 @@ def check_destination(
         FileExistsError: something is there.
         ValueError: an unknown name, or the layout cannot hold the model.
     """
+    model_info(name)
     check_output(path, force=force, is_folder=not is_file_name(path))
     suffix = pathlib.Path(path).suffix
     if not is_file_name(path):
