@@ -105,6 +105,14 @@ def test_images_known_to_the_larger_program_are_no_program_of_their_own(model, i
     np.testing.assert_allclose(alone, answer(images), rtol=1e-5, atol=1e-6)
 
 
+def test_nothing_but_the_images_is_sent_to_the_device(model, images):
+    answer = jit_inference(model)
+    expected = answer(images)
+    with jax.transfer_guard("disallow"):
+        actual = answer(images)
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_weights_may_belong_to_the_larger_program_too(model, images):
     answered = nnx.jit(lambda model, images: jit_inference(model)(images))(model, images)
     np.testing.assert_allclose(answered, expected(model, images), rtol=1e-5, atol=1e-6)

@@ -94,9 +94,13 @@ def jit_inference(
             jax.jit(answer, compiler_options=compiler_options(platforms[0])), leaves
         )
 
+    numbers = (leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+    smallest = sorted(numbers, key=lambda leaf: leaf.size)[:1]
+
     def answer_jitted(*inputs: Any, **named: Any) -> Any:
-        # In what is being traced even numbers out of nothing are; there may be no input that is.
-        if _is_traced((inputs, named, jnp.zeros(()))):
+        # In a program that is traced a negative is, too, where no input may be. Of a number on the
+        # device: there are programs that forbid to send it any.
+        if _is_traced((inputs, named, [-leaf for leaf in smallest])):
             return answer(leaves, *inputs, **named)
         return jitted(*inputs, **named)
 

@@ -277,6 +277,12 @@ class MetaFormer(nnx.Module):
         return x if self.head is None else self.head(x, rngs=rngs)
 
     def _check_images(self, images: Array) -> None:
+        if not _is_floating(getattr(images, "dtype", None)):
+            kind = getattr(images, "dtype", type(images).__name__)
+            raise ValueError(
+                f"`images` must be an array of floating-point numbers, normalised, got {kind}. Of "
+                "pixels from 0 to 255 that is (images / 255 - mean) / std."
+            )
         if images.ndim != 4:
             raise ValueError(
                 "`images` must have 4 axes [batch, height, width, channels], got shape "
