@@ -62,7 +62,7 @@ def main(
         help="draw the published accuracies against the counts, as .png, .svg or .pdf",
     )
     options = parser.parse_args(arguments)
-    pattern = options.pattern
+    pattern, plot = options.pattern, options.plot and options.plot.expanduser()
     # --help does not wait for JAX.
     from metaformer_jax import models
 
@@ -73,7 +73,7 @@ def main(
         )
         return USAGE_ERROR
     try:
-        _check_plot(options.plot)
+        _check_plot(plot)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -105,9 +105,9 @@ def main(
         # A file or a pipe has no width to fit into.
         console = Console(width=160)
     console.print(table)
-    if options.plot:
-        figure_of(counted).savefig(options.plot, dpi=100)
-        print(f"{options.plot}: the published accuracies against the counts")
+    if plot:
+        figure_of(counted).savefig(plot, dpi=100)
+        print(f"{plot}: the published accuracies against the counts")
     return 0
 
 

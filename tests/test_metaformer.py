@@ -218,6 +218,7 @@ def test_random_mixing_names_its_image_size_and_the_remedy():
     ("arguments", "message"),
     [
         ({"drop_path_rate": -0.1}, r"`drop_path_rate` must be in \[0, 1\), got -0.1"),
+        ({"drop_path_rate": "0.1"}, r"`drop_path_rate` must be in \[0, 1\), got '0.1'"),
         ({"head_dropout": 1.0}, r"`head_dropout` must be in \[0, 1\), got 1.0"),
         ({"num_classes": -1}, "`num_classes` .* at least 0, got -1"),
         ({"in_channels": 0}, "`in_channels` .* at least 1, got 0"),

@@ -42,9 +42,10 @@ def test_every_plain_model_is_named_in_its_familys_colour():
     assert places == list(zip(line.get_xdata(), line.get_ydata(), strict=True))
 
 
-def test_one_command_draws_it(tmp_path, capsys):
+def test_one_command_draws_it_below_the_home_folder_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "accuracy.png"
-    assert zoo.main(["identityformer_s12", "--plot", str(path)]) == 0
+    assert zoo.main(["identityformer_s12", "--plot=~/accuracy.png"]) == 0
     assert f"{path}: " in capsys.readouterr().out
     with Image.open(path) as image:
         assert image.size == (1200, 640)

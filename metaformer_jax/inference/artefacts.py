@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.inference.classifier import Classifier
 from metaformer_jax.models import Attention, MetaFormer, Pooling, StarReLU
+from metaformer_jax.models.arguments import as_pair
 from metaformer_jax.models.layers import Linear
-from metaformer_jax.models.metaformer import as_pair
 from metaformer_jax.models.mixers import DepthwiseConv
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.star_relu import squared_relu

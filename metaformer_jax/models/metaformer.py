@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import operator
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from metaformer_jax.models.arguments import as_pair, at_least, check_rate, is_floating, whole
 from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.layers import (
     Downsampling,
@@ -91,7 +91,7 @@ class MetaFormerSpec:
                     f"`depths`, got {len(getattr(self, name))}."
                 )
         for name in ("depths", "dims"):
-            numbers = tuple(map(_whole, getattr(self, name)))
+            numbers = tuple(map(whole, getattr(self, name)))
             if any(number is None or number < 1 for number in numbers):
                 raise ValueError(
                     f"`{name}` must be positive whole numbers, got {getattr(self, name)}."
@@ -178,7 +178,7 @@ class MetaFormer(nnx.Module):
         in_channels = at_least(1, in_channels=in_channels)
         check_rate("drop_path_rate", drop_path_rate)
         check_rate("head_dropout", head_dropout)
-        if not _is_floating(dtype):
+        if not is_floating(dtype):
             raise ValueError(
                 f"`dtype` must be a floating-point type, got {dtype!r}. Use jnp.float32 or "
                 "jnp.bfloat16."
@@ -277,7 +277,7 @@ class MetaFormer(nnx.Module):
         return x if self.head is None else self.head(x, rngs=rngs)
 
     def _check_images(self, images: Array) -> None:
-        if not _is_floating(getattr(images, "dtype", None)):
+        if not is_floating(getattr(images, "dtype", None)):
             kind = getattr(images, "dtype", type(images).__name__)
             raise ValueError(
                 f"`images` must be an array of floating-point numbers, normalised, got {kind}. Of "
@@ -333,57 +333,3 @@ def _with_fast_param_keys(rngs: nnx.Rngs) -> nnx.Rngs:
     for name, stream in (*rngs.items(), ("params", _ParamKeys(rngs.params()))):
         setattr(fast, name, stream)
     return fast
-
-
-def as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width in pixels, of either form that an `image_size` may have.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    pair = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
-    sides = [side for side in map(_whole, pair) if side is not None and side > 0]
-    if len(pair) != 2 or len(sides) != 2:
-        raise ValueError(
-            "`image_size` must be a positive whole number of pixels or a pair (height, width) of "
-            f"them, got {image_size!r}."
-        )
-    return sides[0], sides[1]
-
-
-def check_rate(name: str, rate: float) -> None:
-    """Refuses a rate of dropout or stochastic depth that is none.
-
-    Raises:
-        ValueError: it is not in [0, 1).
-    """
-    if not 0 <= rate < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {rate}.")
-
-
-def at_least(least: int, **value: Any) -> int:
-    """The one number given, as Python's own.
-
-    Raises:
-        ValueError: it is not whole, or below `least`; the message names it.
-    """
-    ((name, given),) = value.items()
-    number = _whole(given)
-    if number is None or number < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {given!r}.")
-    return number
-
-
-def _whole(value: Any) -> int | None:
-    """The number, NumPy's and JAX's too, as Python's own; None for anything else."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
-
-
-def _is_floating(dtype: Any) -> bool:
-    try:
-        return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:
-        return False

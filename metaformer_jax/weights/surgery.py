@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from metaformer_jax.models import MetaFormer, RandomMixing
-from metaformer_jax.models.metaformer import as_pair, at_least, check_rate
+from metaformer_jax.models.arguments import as_pair, at_least, check_rate
 from metaformer_jax.weights.convert import check_has_values
 from metaformer_jax.weights.files import local_path
 

@@ -1,0 +1,65 @@
+"""What models are built and called with: checked, and as Python's own numbers."""
+
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels, of either form that an `image_size` may have.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    pair = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    sides = [side for side in map(whole, pair) if side is not None and side > 0]
+    if len(pair) != 2 or len(sides) != 2:
+        raise ValueError(
+            "`image_size` must be a positive whole number of pixels or a pair (height, width) of "
+            f"them, got {image_size!r}."
+        )
+    return sides[0], sides[1]
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Refuses a rate of dropout or stochastic depth that is none.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
+    try:
+        is_rate = bool(0 <= rate < 1)
+    except TypeError:
+        is_rate = False
+    if not is_rate:
+        raise ValueError(f"`{name}` must be in [0, 1), got {rate!r}.")
+
+
+def at_least(least: int, **value: Any) -> int:
+    """The one number given, as Python's own.
+
+    Raises:
+        ValueError: it is not whole, or below `least`; the message names it.
+    """
+    ((name, given),) = value.items()
+    number = whole(given)
+    if number is None or number < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {given!r}.")
+    return number
+
+
+def whole(value: Any) -> int | None:
+    """The number, NumPy's and JAX's too, as Python's own; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether this is a type of floating-point numbers; anything may be asked."""
+    try:
+        return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        return False
