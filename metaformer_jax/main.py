@@ -35,7 +35,6 @@ _WORKDIR = flags.DEFINE_string(
     "Folder for checkpoints, metrics and pictures; a run that is there continues. Left out with "
     "--mode=eval, config.model.pretrained is evaluated.",
 )
-_IN_A_WORKDIR = ("train", "eval")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -154,7 +153,8 @@ def main(argv: list[str]) -> None:
     output = local_path(_OUTPUT.value) if _OUTPUT.value else None
     keeps_programs = _COMPILATION_CACHE.value and not _TOPOLOGY.value
     folder = keep_compiled_programs(enabled=keeps_programs)
-    if keeps_programs and folder is None and (workdir is None or _MODE.value not in _IN_A_WORKDIR):
+    has_another = workdir is not None and _MODE.value in ("train", "eval")
+    if keeps_programs and folder is None and not has_another:
         print(
             f"warning: compiled programs are not kept: {cache_folder()} cannot be written to. Name "
             "another folder by $METAFORMER_JAX_CACHE.",

@@ -87,11 +87,13 @@ def test_a_run_is_not_evaluated_as_another_network(run, changes, message):
 
 
 @pytest.mark.parametrize(("changes", "message"), OTHER_NETWORKS)
-def test_no_other_network_starts_from_the_weights_of_a_run(run, changes, message):
+def test_no_other_network_starts_from_the_weights_of_a_run(run, changes, message, monkeypatch):
     workdir, config = run
-    other = _changed(config, **changes, **{"model.pretrained": str(workdir)})
-    with pytest.raises(ValueError, match=rf"must be used with the network that .*{message}"):
-        Run(other).pretrained_variables()
+    monkeypatch.setenv("HOME", str(workdir.parent))
+    for path in (str(workdir), f"~/{workdir.name}"):
+        other = _changed(config, **changes, **{"model.pretrained": path})
+        with pytest.raises(ValueError, match=rf"must be used with the network that .*{message}"):
+            Run(other).pretrained_variables()
 
 
 def test_a_network_may_be_described_by_its_name_or_its_size(tmp_path):

@@ -7,7 +7,6 @@ from typing import Any
 
 from metaformer_jax.data.sources import open_source
 from metaformer_jax.models import (
-    FAMILIES,
     MetaFormerSpec,
     imagenet_class_names,
     imagenet_synsets,
@@ -99,10 +98,7 @@ def _read_config(path: pathlib.Path) -> Told:
         }
         name, spec, title = config["model.name"] or None, None, ""
         if name is None:
-            title = config["model.family"]
-            spec = FAMILIES[title].spec(
-                depths=tuple(config["model.depths"]), dims=tuple(config["model.dims"])
-            )
+            title, spec = config["model.family"], workdir.family_spec(config)
         data = config["data.name"], config["data.root"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -82,7 +82,7 @@ _dot_product_attention.defvjp(_forward, _backward)
 
 def _attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
     """The exponentials `[b, n, t, s]`, their sums `[b, n, t, 1]` and what is made of the values."""
-    wide = _accumulator(query)
+    wide = wide_dtype(query.dtype)
     scores = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=wide)
     exponentials, totals = _exponentials(scores * query.shape[-1] ** -0.5)
     kept = exponentials.astype(value.dtype)
@@ -101,7 +101,7 @@ def _gradients(
     mixed: Array,
     cotangent: Array,
 ) -> tuple[Array, Array, Array]:
-    wide = _accumulator(query)
+    wide = wide_dtype(query.dtype)
     shares = cotangent.astype(wide) / _swapped(totals)
     value_gradient = jnp.einsum("bnts,btnd->bsnd", exponentials, shares.astype(value.dtype))
     # The softmax takes from each gradient its mean over the tokens, which is that of the output.
@@ -135,7 +135,7 @@ def _attend_by_cudnn(query: Array, key: Array, value: Array) -> tuple[Array, Arr
 
     mixed = differentiated_as(lambda *arrays: _attend(*arrays)[2], kernel)(query, key, value)
     b, t, n, _ = query.shape
-    totals = jnp.zeros((b, n, t, 1), _accumulator(query))
+    totals = jnp.zeros((b, n, t, 1), wide_dtype(query.dtype))
     return jnp.zeros((b, n, t, key.shape[1]), value.dtype), totals, mixed
 
 
@@ -197,9 +197,9 @@ def _attend_by_head(query: Array, key: Array, value: Array) -> tuple[Array, Arra
 
 def _exponentials_by_head(query: Array, key: Array) -> tuple[Array, Array]:
     # Scaled are the `d` numbers of a token, not its `s` scores.
-    scaled = (query.astype(_accumulator(query)) * query.shape[-1] ** -0.5).astype(query.dtype)
+    scaled = (query.astype(wide_dtype(query.dtype)) * query.shape[-1] ** -0.5).astype(query.dtype)
     query, key = lax.optimization_barrier((_swapped(scaled), _transposed(key)))
-    return _exponentials(jnp.matmul(query, key, preferred_element_type=_accumulator(query)))
+    return _exponentials(jnp.matmul(query, key, preferred_element_type=wide_dtype(query.dtype)))
 
 
 def _gradients_by_head(
@@ -247,10 +247,6 @@ def _exponentials(
 ) -> tuple[Float[Array, "b n t s"], Float[Array, "b n t 1"]]:
     exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
     return exponentials, exponentials.sum(-1, keepdims=True)
-
-
-def _accumulator(array: Array) -> jnp.dtype:
-    return wide_dtype(array.dtype)
 
 
 def _swapped(array: Float[Array, "b t n d"]) -> Float[Array, "b n t d"]:

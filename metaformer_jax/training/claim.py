@@ -19,12 +19,7 @@ from jax.experimental import multihost_utils
 from metaformer_jax.training import settings
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.provenance import check_same_classes
-from metaformer_jax.weights.workdir import (
-    CLASS_NAMES,
-    CONFIG,
-    read_config,
-    saved_steps,
-)
+from metaformer_jax.weights.workdir import CLASS_NAMES, CONFIG, read_config, saved_steps
 
 try:
     import fcntl

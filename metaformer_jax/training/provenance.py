@@ -33,7 +33,7 @@ def check_same_network(
     """
     # The same may be described by a name, or as that size of its family.
     if spec(workdir) != mine:
-        _refuse(workdir, config, _ARCHITECTURE, "network")
+        _compare(workdir, config, _ARCHITECTURE, "network")
 
 
 def check_same_normalisation(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -42,7 +42,7 @@ def check_same_normalisation(workdir: pathlib.Path, config: ml_collections.Confi
     Raises:
         CheckpointError: otherwise.
     """
-    _refuse(workdir, config, _NORMALISATION, "normalisation of images")
+    _compare(workdir, config, _NORMALISATION, "normalisation of images")
 
 
 def check_same_classes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> None:
@@ -66,7 +66,7 @@ def check_same_classes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> N
     )
 
 
-def _refuse(
+def _compare(
     workdir: pathlib.Path, config: ml_collections.ConfigDict, fields: tuple[str, ...], what: str
 ) -> None:
     theirs, mine = read_config(workdir), settings.as_json(config)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -24,6 +23,7 @@ from metaformer_jax.training.step import Average, Engine
 from metaformer_jax.weights import hub
 from metaformer_jax.weights.convert import Variables
 from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.files import local_path
 from metaformer_jax.weights.pretrained import fitted_variables
 from metaformer_jax.weights.workdir import is_workdir
 
@@ -137,18 +137,18 @@ class Run:
         config = self.config.model
         if not config.pretrained:
             return {}
-        path = config.pretrained
-        if path == "published":
+        path = local_path(config.pretrained)
+        if config.pretrained == "published":
             if not config.name:
                 raise ValueError(
                     "`config.model.pretrained` must be a path unless config.model.name is set, "
-                    f"got {path!r}."
+                    f"got {config.pretrained!r}."
                 )
             path = hub.converted_file(config.name)
-        elif path in models.list_models() and not pathlib.Path(path).exists():
-            path = hub.converted_file(path)
-        elif is_workdir(pathlib.Path(path)):
-            check_same_network(pathlib.Path(path), self.config, self.engine.model.spec)
+        elif config.pretrained in models.list_models() and not path.exists():
+            path = hub.converted_file(config.pretrained)
+        elif is_workdir(path):
+            check_same_network(path, self.config, self.engine.model.spec)
         try:
             return fitted_variables(
                 self.engine.model,

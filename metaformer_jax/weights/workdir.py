@@ -3,7 +3,7 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -64,18 +64,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    file = path / CONFIG
-    try:
-        config = json.loads(file.read_bytes())
-        assert isinstance(config, dict)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AssertionError) as error:
-        raise CheckpointError(
-            f"{file} must be the JSON that a run wrote, got something else. Restore it, or write "
-            "it anew by training on with --accept_config_changes."
-        ) from error
-    return config
+    remedy = "write it anew by training on with --accept_config_changes"
+    return _read_json(path / CONFIG, lambda config: isinstance(config, dict), remedy) or {}
 
 
 def read_class_names(path: pathlib.Path) -> tuple[str, ...] | None:
@@ -84,19 +74,28 @@ def read_class_names(path: pathlib.Path) -> tuple[str, ...] | None:
     Raises:
         CheckpointError: the file is damaged.
     """
-    file = path / CLASS_NAMES
+
+    def are_names(names: Any) -> bool:
+        return isinstance(names, list) and all(isinstance(name, str) for name in names)
+
+    remedy = "remove it if the classes of the data are still the same"
+    names = _read_json(path / CLASS_NAMES, are_names, remedy)
+    return None if names is None else tuple(names)
+
+
+def _read_json(file: pathlib.Path, is_right: Callable[[Any], bool], remedy: str) -> Any:
+    """What the file holds; None where it is not there."""
     try:
-        names = json.loads(file.read_bytes())
-        assert isinstance(names, list)
-        assert all(isinstance(name, str) for name in names)
+        content = json.loads(file.read_bytes())
+        assert is_right(content)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AssertionError) as error:
         raise CheckpointError(
-            f"{file} must be the JSON that a run wrote, got something else. Restore it, or remove "
-            "it if the classes of the data are still the same."
+            f"{file} must be the JSON that a run wrote, got something else. Restore it, or "
+            f"{remedy}."
         ) from error
-    return tuple(names)
+    return content
 
 
 def model_name(path: pathlib.Path) -> str | None:
@@ -120,14 +119,24 @@ def spec(path: pathlib.Path) -> MetaFormerSpec | None:
             return model_spec(name)
         if config.get("model.family") not in FAMILIES:
             return None
-        return FAMILIES[config["model.family"]].spec(
-            depths=tuple(config["model.depths"]), dims=tuple(config["model.dims"])
-        )
+        return family_spec(config)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path / CONFIG} must be the config that the run wrote, got "
             f"{type(error).__name__}: {error}."
         ) from error
+
+
+def family_spec(config: dict[str, Any]) -> MetaFormerSpec:
+    """The network of a run's config that names a family and a size of its own.
+
+    Raises:
+        KeyError: it does not, or the family is not known here.
+        TypeError, ValueError: these are no sizes.
+    """
+    return FAMILIES[config["model.family"]].spec(
+        depths=tuple(config["model.depths"]), dims=tuple(config["model.dims"])
+    )
 
 
 def read_step(path: pathlib.Path, step: int) -> dict[str, dict[str, np.ndarray]]:
