@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -14,7 +15,7 @@ from flax import nnx
 
 from metaformer_jax import export
 from metaformer_jax.inference import artefacts
-from metaformer_jax.models import FAMILIES, MetaFormer
+from metaformer_jax.models import FAMILIES, MetaFormer, without_kernels
 
 NO_FLATBUFFERS = "flatbuffers, of the extra `export`, is not installed"
 NO_ONNX = "jax2onnx, of the extra `onnx`, is not installed"
@@ -166,3 +167,29 @@ def test_a_missing_library_names_the_extra(module, extra, suffix, tmp_path, monk
     error = capsys.readouterr().err
     assert f'pip install "metaformer-jax[{extra}]"' in error
     assert not (tmp_path / "model.json").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_exported_for_any_number_of_images(family):
+    spec = FAMILIES[family].spec(depths=(1,) * 4, dims=(8,) * 4)
+    model = MetaFormer(spec, num_classes=3, image_size=32, rngs=nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, images):
+        return nnx.merge(graphdef, params, rest)(images).sum()
+
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32)
+    leaves, structure = jax.tree.flatten(params)
+    gradient = jax.jit(
+        lambda leaves, x: jax.value_and_grad(loss)(jax.tree.unflatten(structure, leaves), x)
+    )
+    with without_kernels():
+        exported = jax.export.export(
+            jax.jit(lambda leaves, x: jax.tree.leaves(gradient(leaves, x))),
+            platforms=["cpu", "cuda", "tpu"],
+        )(leaves, images)
+    some = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    expected = jax.tree.leaves(gradient(leaves, some))
+    for actual, wanted in zip(exported.call(leaves, some), expected, strict=True):
+        assert jnp.allclose(actual, wanted, rtol=1e-3, atol=1e-4)

@@ -20,7 +20,6 @@ from metaformer_jax.models import (
     Pooling,
     SepConv,
     image_layer_norm,
-    without_kernels,
 )
 from metaformer_jax.models.lanes import compiled_for
 from metaformer_jax.models.stages import run_blocks
@@ -361,47 +360,3 @@ def test_parameters_are_float32_whatever_jax_makes_of_numbers():
     with jax.enable_x64(True):
         models = [_model(), metaformer_jax.create_model("randformer_s12", rngs=nnx.Rngs(0))]
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(models))} == {np.dtype("float32")}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_all_promotion_is_explicit(family, dtype):
-    spec = FAMILIES[family].spec(depths=(1,) * 4, dims=(8,) * 4)
-    images, keys = jnp.ones((2, 32, 32, 3)), jax.random.split(jax.random.key(0), 2)
-    with jax.numpy_dtype_promotion("strict"):
-        model = MetaFormer(
-            spec, num_classes=3, image_size=32, drop_path_rate=0.2, dtype=dtype, rngs=nnx.Rngs(0)
-        )
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-        def loss(params):
-            logits = nnx.merge(graphdef, params, rest)(images, rngs=ImageKeys(keys))
-            return logits.sum()
-
-        jax.eval_shape(jax.value_and_grad(loss), params)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_exported_for_any_number_of_images(family):
-    spec = FAMILIES[family].spec(depths=(1,) * 4, dims=(8,) * 4)
-    model = MetaFormer(spec, num_classes=3, image_size=32, rngs=nnx.Rngs(0))
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def loss(params, images):
-        return nnx.merge(graphdef, params, rest)(images).sum()
-
-    (batch,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32)
-    leaves, structure = jax.tree.flatten(params)
-    gradient = jax.jit(
-        lambda leaves, x: jax.value_and_grad(loss)(jax.tree.unflatten(structure, leaves), x)
-    )
-    with without_kernels():
-        exported = jax.export.export(
-            jax.jit(lambda leaves, x: jax.tree.leaves(gradient(leaves, x))),
-            platforms=["cpu", "cuda", "tpu"],
-        )(leaves, images)
-    some = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    expected = jax.tree.leaves(gradient(leaves, some))
-    for actual, wanted in zip(exported.call(leaves, some), expected, strict=True):
-        assert jnp.allclose(actual, wanted, rtol=1e-3, atol=1e-4)
