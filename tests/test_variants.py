@@ -55,6 +55,17 @@ def test_parameters_and_multiply_adds_are_the_published_ones(architecture, image
             assert round(counts.frozen_params / 1e6, 1) == info.published_frozen_params_millions
 
 
+def test_models_count_as_what_makes_them_does_and_stay_as_they_were():
+    def build():
+        return metaformer_jax.create_model("randformer_s12", head_dropout=0.5, rngs=nnx.Rngs(0))
+
+    expected = count(build)
+    for model in (build(), nnx.eval_shape(build)):
+        model.train()
+        assert count(model) == expected
+        assert not model.head.dropout.deterministic
+
+
 def test_every_row_that_publishes_multiply_adds_is_held_to_them():
     with_macs = [n for n in NAMES if metaformer_jax.model_info(n).published_gmacs is not None]
     assert len(with_macs) == 47

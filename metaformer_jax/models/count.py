@@ -22,28 +22,30 @@ class Counts:
     macs: int
 
 
-def count(build: Callable[[], MetaFormer]) -> Counts:
+def count(model: MetaFormer | Callable[[], MetaFormer]) -> Counts:
     """Counts for one image of the size that the model is built for.
 
     As in the publication, multiply-adds are those of convolutions and matrix products (attention
     and random mixing included); norms, activations, pooling and scales do not count.
 
     Args:
-        build: makes the model; it is only traced.
+        model: or what makes it, which is only traced; an abstract one (`nnx.eval_shape`) as well.
 
     Examples:
         >>> from metaformer_jax import create_model
         >>> count(lambda: create_model("identityformer_s12", rngs=nnx.Rngs(0))).params
         11891712
     """
-    model = nnx.eval_shape(build)
-    model.eval()
+    if not isinstance(model, MetaFormer):
+        model = nnx.eval_shape(model)
     graphdef, state = nnx.split(model)
     height, width = model.image_size
     images = jax.ShapeDtypeStruct((1, height, width, model.in_channels), jnp.float32)
 
     def forward(state: nnx.State, images: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, state)(images)
+        merged = nnx.merge(graphdef, state)
+        merged.eval()
+        return merged(images)
 
     jaxpr = jax.make_jaxpr(forward)(state, images)
     return Counts(

@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import ml_collections
-from flax import nnx
 from rich.console import Console
 
-from metaformer_jax import models
 from metaformer_jax.data.sources import Source
 from metaformer_jax.models.lanes import compiled_for
 from metaformer_jax.models.stages import remat_here
@@ -251,8 +249,7 @@ def _estimate(
     device = mesh.devices.flat[0]
     chip = devices.chip(device.device_kind)
     batch_per_device = run.config.batch_size / mesh.size
-    macs = models.count(lambda: run.engine.build(nnx.Rngs(0))).macs
-    model_flops = macs * _FLOPS_PER_MAC * batch_per_device
+    model_flops = run.counts.macs * _FLOPS_PER_MAC * batch_per_device
     program, flops = None, None
     if compiled.program is not None:
         program = hlo.read_program(compiled.program.as_text() or "", num_devices=mesh.size)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -120,6 +121,11 @@ class Run:
             average=Average(**config.ema) if config.ema.decay else None,
             head_only=config.optimizer.head_only,
         )
+
+    @functools.cached_property
+    def counts(self) -> models.Counts:
+        """Of the model's parameters, and of its multiply-adds for an image."""
+        return models.count(self.engine.model)
 
     def is_due(self, every_epochs: float, step: int) -> bool:
         """Whether something done every so many epochs is done after this step."""

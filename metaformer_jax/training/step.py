@@ -99,14 +99,14 @@ class Engine:
         self.model = nnx.eval_shape(lambda: build(nnx.Rngs(seed)))
         self._graphdef = nnx.graphdef(self.model)
         self._rest = nnx.state(self.model, nnx.Not(nnx.Any(nnx.Param, Frozen)))
-        self.build = build
+        self._build = build
         self._optimizer = optimizer
         self._transform = transform
         self._seed = seed
         self._num_micro_batches = num_micro_batches
         self._average = average
         self._head_only = head_only
-        abstract = jax.eval_shape(self._initial_state)
+        abstract = jax.eval_shape(self._state_of, *_variables(self.model))
         self._specs = sharding.parameter_specs(abstract, mesh)
         self.state_shardings: TrainState = sharding.placed(self._specs, mesh)
         self.abstract_state: TrainState = jax.tree.map(
@@ -133,12 +133,13 @@ class Engine:
         )
 
     def _initial_state(self) -> TrainState:
-        model = self.build(nnx.Rngs(self._seed))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return self._state_of(*_variables(self._build(nnx.Rngs(self._seed))))
+
+    def _state_of(self, params: Tree, frozen: Tree) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            frozen=nnx.to_pure_dict(nnx.state(model, Frozen)),
+            frozen=frozen,
             opt_state=self._optimizer.init(self._trained(params)),
             ema=jax.tree.map(jnp.copy, params) if self._average else {},
             num_skipped=jnp.zeros((), jnp.int32),
@@ -330,3 +331,9 @@ class Engine:
             check_vma=False,
         )(state.params, state.frozen, batch["image"], batch["label"])
         return {**results, "mask": batch["mask"], "index": batch["index"]}
+
+
+def _variables(model: MetaFormer) -> tuple[Tree, Tree]:
+    """Its parameters and what is frozen."""
+    params, frozen = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, Frozen))
+    return params, frozen

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from metaformer_jax import models
 from metaformer_jax.data.loader import DataError
 from metaformer_jax.training import settings
 from metaformer_jax.training.checkpoint import Checkpoints, set_aside_damaged
@@ -184,7 +182,6 @@ class _Training:
         """Trains from after `start_step` to the end."""
         run, config, total_steps = self._run, self.config, self._run.total_steps
         pending = PendingMetrics(self.guard, self.checkpoints.pending_metrics())
-        macs = models.count(lambda: run.engine.build(nnx.Rngs(0))).macs
         with (
             contextlib.ExitStack() as trace,
             run.training_batches(start_step) as batches,
@@ -200,7 +197,7 @@ class _Training:
                 total_steps=total_steps,
                 start_step=start_step,
                 batch_size=config.batch_size,
-                macs_per_image=macs,
+                macs_per_image=run.counts.macs,
             ) as progress,
         ):
             if self._lacks_evaluation(start_step):
@@ -337,7 +334,7 @@ def _batch_figure(run: Run, batch: dict[str, jax.Array], step: int) -> Figure:
 
 def _describe(run: Run, workdir: pathlib.Path, start_step: int, console: Console) -> None:
     config = run.config
-    counts = models.count(lambda: run.engine.build(nnx.Rngs(0)))
+    counts = run.counts
     mesh = ", ".join(f"{axis} {size}" for axis, size in run.engine.mesh.shape.items())
     cooldown = f" + {config.cooldown_epochs:g}" if config.cooldown_epochs else ""
     parts = (

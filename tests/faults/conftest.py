@@ -1,6 +1,7 @@
 """Every fault is real, and leaves nothing behind."""
 
 import pathlib
+import signal
 import time
 import uuid
 
@@ -11,6 +12,9 @@ import runs
 
 _HERE = pathlib.Path(__file__).parent
 _MARK = "METAFORMER_JAX_FAULT_TEST"
+
+# Tests that run as a background job would hand on that it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
