@@ -1,5 +1,6 @@
 """What models are built and called with: checked, and as Python's own numbers."""
 
+import math
 import operator
 from typing import Any
 
@@ -47,6 +48,22 @@ def at_least(least: int, **value: Any) -> int:
     if number is None or number < least:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, got {given!r}.")
     return number
+
+
+def hidden_channels(dim: int, **ratio: Any) -> int:
+    """`dim` times the one ratio given, rounded down to a whole number of channels.
+
+    Raises:
+        ValueError: the ratio is not a number, or leaves no channel; the message names it.
+    """
+    ((name, given),) = ratio.items()
+    try:
+        return at_least(1, channels=math.floor(dim * given))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"`{name}` must be a number that leaves at least one hidden channel for {dim} "
+            f"channels, got {given!r}."
+        ) from error
 
 
 def whole(value: Any) -> int | None:

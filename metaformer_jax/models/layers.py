@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
+from metaformer_jax.models.arguments import hidden_channels
 from metaformer_jax.models.matmul import matmul
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.promotion import promoted
@@ -213,7 +214,7 @@ class Mlp(nnx.Module):
     def __init__(
         self, dim: int, *, expansion_ratio: float = 4, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        hidden_dim = int(dim * expansion_ratio)
+        hidden_dim = hidden_channels(dim, expansion_ratio=expansion_ratio)
         self.fc1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
         self.act = StarReLU(rngs=rngs)
         self.fc2 = Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
@@ -289,7 +290,7 @@ class MlpHead(nnx.Module):
         dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        hidden_dim = int(dim * expansion_ratio)
+        hidden_dim = hidden_channels(dim, expansion_ratio=expansion_ratio)
         self.fc1 = nnx.Linear(dim, hidden_dim, kernel_init=kernel_init, rngs=rngs)
         self.norm = layer_norm(hidden_dim, use_bias=True, epsilon=1e-5, rngs=rngs)
         self.dropout = nnx.data(Dropout(dropout, rngs=rngs) if dropout else None)

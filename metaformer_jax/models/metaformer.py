@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.arguments import as_pair, at_least, check_rate, is_floating, whole
+from metaformer_jax.models.arguments import (
+    as_pair,
+    at_least,
+    check_rate,
+    hidden_channels,
+    is_floating,
+    whole,
+)
 from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.layers import (
     Downsampling,
@@ -28,11 +34,20 @@ from metaformer_jax.models.stages import drops, remat_here, remat_name, run_bloc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvGeometry:
-    """Kernel size, stride and padding of a downsampling convolution, in pixels."""
+    """Kernel size, stride and padding of a downsampling convolution, in pixels.
+
+    Raises:
+        ValueError: one of them is not a whole number, or out of range.
+    """
 
     kernel_size: int
     stride: int
     padding: int
+
+    def __post_init__(self):
+        for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0)):
+            value = at_least(least, **{name: getattr(self, name)})
+            object.__setattr__(self, name, value)
 
     def out_size(self, size: int) -> int:
         """The output's height (width) for an input's; below 1 where the input is too small."""
@@ -97,8 +112,7 @@ class MetaFormerSpec:
                     f"`{name}` must be positive whole numbers, got {getattr(self, name)}."
                 )
             object.__setattr__(self, name, numbers)
-        if not 0 < self.mlp_ratio < math.inf:
-            raise ValueError(f"`mlp_ratio` must be positive, got {self.mlp_ratio}.")
+        hidden_channels(min(self.dims), mlp_ratio=self.mlp_ratio)
 
     def stage_resolutions(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """The (height, width) of each stage's output, in tokens, for images of this size.

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import depthwise_banded
+from metaformer_jax.models.arguments import at_least, hidden_channels
 from metaformer_jax.models.attention import dot_product_attention
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.lanes import is_for_tpus
@@ -98,7 +99,7 @@ class Pooling(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del dim, resolution, dtype, rngs
-        self.pool_size = pool_size
+        self.pool_size = at_least(1, pool_size=pool_size)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         # The difference of two close numbers: in bfloat16 little of it would be left.
@@ -120,7 +121,7 @@ class SepConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del resolution
-        hidden_dim = int(dim * expansion_ratio)
+        hidden_dim = hidden_channels(dim, expansion_ratio=expansion_ratio)
         self.pwconv1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
         self.act1 = StarReLU(rngs=rngs)
         self.dwconv = DepthwiseConv(hidden_dim, kernel_size=kernel_size, dtype=dtype, rngs=rngs)
@@ -151,6 +152,12 @@ class DepthwiseConv(nnx.Module):
     """One square filter per channel, without bias."""
 
     def __init__(self, dim: int, *, kernel_size: int, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kernel_size = at_least(1, kernel_size=kernel_size)
+        if kernel_size % 2 == 0:
+            raise ValueError(
+                f"`kernel_size` must be odd, got {kernel_size}. Only odd sizes keep the image's "
+                "size with symmetric padding."
+            )
         self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (kernel_size, kernel_size, dim)))
 
@@ -180,9 +187,9 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del resolution
-        self.head_dim = head_dim
-        self.num_heads = max(1, dim // head_dim)
-        attention_dim = self.num_heads * head_dim
+        self.head_dim = at_least(1, head_dim=head_dim)
+        self.num_heads = max(1, dim // self.head_dim)
+        attention_dim = self.num_heads * self.head_dim
         self.qkv = Linear(dim, 3 * attention_dim, dtype=dtype, rngs=rngs)
         self.proj = Linear(attention_dim, dim, dtype=dtype, rngs=rngs)
 

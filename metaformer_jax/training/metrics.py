@@ -46,7 +46,8 @@ class PendingMetrics:
             figures = {name: float(value) for name, value in metrics.items()}
             was_updated = self._guard.check(step, figures)
             self._on_host.append({"updated": float(was_updated), **figures})
-        return self._on_host
+        # A copy: a checkpoint writes it in the background, while figures of later steps come in.
+        return list(self._on_host)
 
     def take(self) -> dict[str, float]:
         """One row of all of them: means over the steps that made an update, and counts."""
