@@ -1,4 +1,4 @@
-"""The five token mixers, and the interface that a mixer of one's own has to meet."""
+"""The five token mixers, and the interface that a token mixer must have."""
 
 from typing import Any, Protocol
 
@@ -26,10 +26,10 @@ from metaformer_jax.models.star_relu import (
 class TokenMixerFn(Protocol):
     """Builds the token mixer of one block: a module that maps `[b, h, w, c]` to the same shape.
 
-    `resolution` is the (height, width) in tokens of the stage at the model's own image size. A
-    mixer that works at no other keeps it as its attribute `resolution`, so that the model can
-    refuse other images by name; any other mixer ignores it. `functools.partial` fixes further
-    arguments.
+    `resolution` is the stage's (height, width) in tokens at the image size that the model is built
+    for. A mixer that works only at this resolution stores it as its attribute `resolution`, so that
+    the model can refuse other images with a clear message; other mixers ignore it. Use
+    `functools.partial` to fix further arguments.
     """
 
     def __call__(
@@ -57,7 +57,7 @@ class IdentityMixing(nnx.Module):
 class RandomMixing(nnx.Module):
     """Mixes all tokens by one random matrix that is never trained (RandFormer).
 
-    Each row is the softmax of uniform random numbers. The matrix belongs to one number of tokens.
+    Each row is the softmax of uniform random numbers. The matrix fits one number of tokens only.
     """
 
     def __init__(
@@ -136,9 +136,9 @@ class SepConv(nnx.Module):
         return self.pwconv2(mixed).reshape(x.shape)
 
     def fold(self, x: Float[Array, "b h w c"]) -> Float[Array, "b g rw c"]:
-        """`x`, with rows side by side where TPUs convolve it so (`depthwise_banded`).
+        """`x`, with rows side by side where TPUs convolve this form (`depthwise_banded`).
 
-        What the layers before and after do to each pixel they do faster in the same form.
+        The linear layers before and after are faster in the same form, too.
         """
         in_rows = (
             is_for_tpus()
@@ -199,14 +199,14 @@ class Attention(nnx.Module):
         return self.proj(mixed.reshape(b, h, w, self.num_heads * self.head_dim))
 
     def weights(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k n n"]:
-        """What each token (third axis) takes of each (last axis), for every head, in float32."""
+        """Attention weights of each token (third axis) for each token (last axis), in float32."""
         query, key, _ = self._heads(x)
         scores = jnp.einsum("btkd,bskd->bkts", query, key, preferred_element_type=jnp.float32)
         return jax.nn.softmax(scores * self.head_dim**-0.5, axis=-1)
 
     def _heads(self, x: Float[Array, "b h w c"]) -> list[Float[Array, "b n k d"]]:
         b, h, w, _ = x.shape
-        # Thirds of the last axis, for an axis of three would be moved about in memory.
+        # The last axis in thirds: with an axis of three, arrays would be transposed in memory.
         return [
             third.reshape(b, h * w, self.num_heads, self.head_dim)
             for third in jnp.split(self.qkv(x), 3, axis=-1)
