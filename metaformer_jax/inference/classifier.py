@@ -24,8 +24,7 @@ from metaformer_jax.weights.files import local_path
 from metaformer_jax.weights.pretrained import fill
 from metaformer_jax.weights.read import read_checkpoint
 from metaformer_jax.weights.recognition import recognise
-
-NUM_IMAGENET_1K = 1000
+from metaformer_jax.weights.surgery import NUM_IMAGENET_1K
 
 
 @dataclasses.dataclass(frozen=True)
