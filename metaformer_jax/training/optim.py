@@ -125,7 +125,7 @@ def make_optimizer(
 
     Neither applies weight decay to one-dimensional parameters (scales and biases). LAMB, as
     published for CAFormer, scales each update to the norm of its parameter (the trust ratio,
-    unclipped), but only for parameters with weight decay.
+    unclipped), but not for one-dimensional parameters.
 
     Args:
         name: `"adamw"` or `"lamb"`.
