@@ -14,7 +14,7 @@ USAGE_ERROR = 2
 
 
 class Command(NamedTuple):
-    """A program: its module, what it does; whether its flags are absl's, and those set here."""
+    """A program: its module and summary, whether its flags are absl's, and flags set in advance."""
 
     module: str
     summary: str
@@ -23,7 +23,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "predict": Command("metaformer_jax.predict", "say what pictures show, and where it is seen"),
+    "predict": Command("metaformer_jax.predict", "classify pictures, draw explanations"),
     "demo": Command("metaformer_jax.demo", "the same on a local web page"),
     "zoo": Command("metaformer_jax.zoo", "list the published models"),
     "train": Command("metaformer_jax.main", "train what a config describes", True),
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="metaformer-jax",
         description="MetaFormer baselines for vision: IdentityFormer, RandFormer, PoolFormerV2, "
         "ConvFormer and CAFormer.",
-        epilog="`metaformer-jax COMMAND --help` tells what a command takes. Exit codes: 0 all "
-        "done, 1 in part, 2 nothing, for what was asked for is wrong or missing.",
+        epilog="`metaformer-jax COMMAND --help` lists a command's options. Exit codes: 0 if all "
+        "was done, 1 if a part was, 2 if nothing was because something is wrong or missing.",
     )
     parser.add_argument(
         "--version", action="version", version=f"metaformer-jax {metaformer_jax.__version__}"

@@ -1,4 +1,4 @@
-"""What a model looks at: Grad-CAM for any stage, attention maps for stages that have attention."""
+"""Explains predictions: Grad-CAM for any stage, attention maps for stages with attention."""
 
 from typing import cast
 
@@ -15,20 +15,20 @@ def grad_cam(
     classes: Int[Array, " b"] | None = None,
     stage: int = -1,
 ) -> Float[Array, "b h2 w2"]:
-    """Where a stage's output speaks for a class (Grad-CAM, https://arxiv.org/abs/1610.02391).
+    """Where a stage's output supports a class (Grad-CAM, https://arxiv.org/abs/1610.02391).
 
-    The channels of the stage's output are added up, each weighted by the mean over all places of
-    the logit's derivative by it; what speaks against the class is cut to 0. Works under `jax.jit`
-    and `nnx.jit`, with `stage` static.
+    The channels of the stage's output are summed, each weighted by the gradient of the class's
+    logit averaged over all positions; negative values, which speak against the class, become 0.
+    Works under `jax.jit` and `nnx.jit`, with `stage` static.
 
     Args:
         model: the model, in evaluation mode (`model.eval()`), with a head.
         images: normalised, as the model takes them.
-        classes: a class for each image; by default the one that the model predicts.
-        stage: from 0 for the first, or from -1 for the last.
+        classes: a class for each image; by default the predicted one.
+        stage: counted from 0 for the first, or from -1 for the last.
 
     Returns:
-        For each image a map of the stage's height and width, float32, not negative.
+        For each image a map with the stage's height and width, float32, not negative.
 
     Raises:
         ValueError: there is no such stage, the model has no head, or there is not one class for
@@ -48,7 +48,7 @@ def grad_cam(
     chosen = jnp.argmax(_logits(model, features, stage), axis=-1) if classes is None else classes
 
     def total_of_chosen(features: Array) -> Array:
-        # The images do not know of each other: the sum's derivative is that of each.
+        # The images are independent, so the gradient of the sum is that of each image.
         logits = _logits(model, features, stage)
         return jnp.sum(jnp.take_along_axis(logits, jnp.asarray(chosen)[:, None], axis=-1))
 
@@ -65,11 +65,11 @@ def attention_maps(
     Args:
         model: the model, in evaluation mode.
         images: normalised, as the model takes them.
-        stage: from 0 for the first, or from -1 for the last.
+        stage: counted from 0 for the first, or from -1 for the last.
 
     Returns:
-        `maps[image, block, head, i, j]` is what token `i` takes of token `j`; over `j` they sum
-        to one. Tokens count row by row over the stage's height and width.
+        `maps[image, block, head, i, j]` is the attention of token `i` to token `j`; over `j` it
+        sums to one. Tokens are numbered row by row over the stage's height and width.
 
     Raises:
         ValueError: there is no such stage, or its blocks have no attention.
@@ -96,10 +96,10 @@ def attention_maps(
 def received_attention(
     model: MetaFormer, images: Float[Array, "b h w c"], stage: int = -1
 ) -> Float[Array, "b h2 w2"]:
-    """How much each place is attended to: in the stage's last block, the mean of all tokens.
+    """How much attention each token receives in the stage's last block, averaged over all tokens.
 
-    Over heads, too. There is no class token whose attention alone would matter: the head averages
-    over all. An image's map sums to one.
+    It is averaged over the heads, too. There is no class token whose attention alone would matter,
+    because the classifier averages over all tokens. An image's map sums to one.
 
     Raises:
         ValueError: there is no such stage, or its blocks have no attention.
@@ -111,7 +111,7 @@ def received_attention(
 
 
 def has_attention(model: MetaFormer, stage: int = -1) -> bool:
-    """Whether `attention_maps` has something to show for a stage."""
+    """Whether `attention_maps` works for a stage."""
     blocks = model.stages[_checked_stage(model, stage)]
     return all(isinstance(block.token_mixer, Attention) for block in blocks)
 

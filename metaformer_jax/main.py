@@ -1,4 +1,4 @@
-"""Trains or evaluates what a config describes, or compiles it for devices that are not there.
+"""Trains or evaluates what a config describes, or compiles it for devices that are not present.
 
     python -m metaformer_jax.main --config=configs/digits.py --workdir=runs/digits
 
@@ -21,8 +21,8 @@ from metaformer_jax.training.exit_codes import (
 )
 
 if __name__ == "__main__":
-    # There is nothing to save before the training, nor after it; in it `Preemption` takes over.
-    # The imports to come take seconds, and some do not survive the exception of a Ctrl-C.
+    # Before and after the training there is nothing to save; during it `Preemption` takes over.
+    # The imports below take seconds, and some do not survive the exception of a Ctrl-C.
     end_at_once_when_told()
 
 from absl import app, flags, logging
@@ -32,15 +32,15 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lo
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Folder for checkpoints, metrics and pictures; a run that is there continues. Left out with "
-    "--mode=eval, config.model.pretrained is evaluated.",
+    "Folder for checkpoints, metrics and pictures; a run in it is continued. Without it, "
+    "--mode=eval evaluates config.model.pretrained.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "eval", "preview", "compile"],
     "Train; evaluate; draw the first training batch, mixed and erased, into --output; or compile "
-    "the training step, without devices or data, and tell what it takes.",
+    "the training step, without devices or data, and report what it takes.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "The picture of --mode=preview (batch.png), or the JSON of --mode=compile."
@@ -48,45 +48,45 @@ _OUTPUT = flags.DEFINE_string(
 _TOPOLOGY = flags.DEFINE_list(
     "topology",
     None,
-    "With --mode=compile: a TPU slice, v5e:4x4, or several for a table of how the step scales. "
-    "Left out, the devices of this machine.",
+    "With --mode=compile: a TPU slice, such as v5e:4x4, or several for a table of how the step "
+    "scales. By default the devices of this machine.",
 )
 _BATCH_PER_DEVICE = flags.DEFINE_integer(
-    "batch_per_device", None, "With --mode=compile: in place of config.batch_size.", lower_bound=1
+    "batch_per_device", None, "With --mode=compile: replaces config.batch_size.", lower_bound=1
 )
 _LARGEST_BATCH = flags.DEFINE_bool(
-    "largest_batch", True, "With --mode=compile: compile a few times more, to find it."
+    "largest_batch", True, "With --mode=compile: find it, by a few more compilations."
 )
 _COMPILATION_CACHE = flags.DEFINE_bool(
     "compilation_cache",
     True,
     "Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, or in compiled/ of the folder that "
-    "weights are cached in; runs in several processes, or where that cannot be written to, in that "
-    "of their workdir.",
+    "weights are cached in; runs of several processes, or with no write access there, use "
+    "compiled/ of their workdir.",
 )
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
     "accept_config_changes",
     False,
-    "Continue a run though its config, or the names of its classes, were others.",
+    "Continue a run even if it was made with another config or other class names.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     None,
-    "Run as one of several processes, found out from the environment (TPU pod, SLURM, Open MPI, "
-    "Kubernetes). By default where the environment or --coordinator_address says so.",
+    "Run as one of several processes, as the environment describes them (TPU pod, SLURM, Open MPI, "
+    "Kubernetes). By default this depends on the environment and on --coordinator_address.",
 )
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of the first process, where no environment tells."
+    "coordinator_address", None, "host:port of the first process, if the environment does not tell."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This one's, from 0, likewise.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "From 0, with --coordinator_address.")
 flags.mark_flag_as_required("config")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         arguments = flags.FLAGS(argv)
-        # A file that failed to load says so only when a field is read.
+        # A config file that failed to load raises its error only when a field is read.
         _CONFIG.value.to_dict()
         return arguments
     except Exception as error:
@@ -94,7 +94,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _explain(error: Exception, argv: list[str]) -> Exception:
-    # Libraries report a missing file or field in terms of their own; these are the user's.
+    # Libraries report a missing file or field in their own terms; these are the user's.
     from metaformer_jax.training import settings
 
     path = ""
@@ -115,7 +115,7 @@ def _explain(error: Exception, argv: list[str]) -> Exception:
     if isinstance(error, flags.Error):
         if "Traceback" not in str(error):
             return error
-        # An error inside get_config comes with its traceback, and stands last.
+        # The error inside get_config is the last line, after its traceback.
         return ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
     return ValueError(
         f"`--config` must be a Python file that defines get_config(), got {path!r}, which failed "
@@ -133,10 +133,10 @@ def main(argv: list[str]) -> None:
             "or the like, and name a folder in it.",
             USAGE_ERROR,
         )
-    # Orbax, JAX and matplotlib tell every step they take; --verbosity=0 shows it.
+    # Orbax, JAX and matplotlib log every step; --verbosity=0 shows these logs.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    # Flags that are wrong should say so at once, not after the imports of seconds.
+    # Imported here, so that wrong flags are reported at once and not after seconds of imports.
     import jax
 
     from metaformer_jax.data.loader import DataError
@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
             _PROCESS_ID.value,
             distributed=_DISTRIBUTED.value,
         )
-        # JAX has taken SIGTERM for a training of several processes, and asks nobody else.
+        # With several processes JAX handles SIGTERM itself, but only a training asks it.
         if _MODE.value != "train" and signal.getsignal(signal.SIGTERM) is end_at_once:
             signal.signal(signal.SIGTERM, end_at_once)
         if signal.getsignal(signal.SIGINT) is end_at_once:
@@ -190,7 +190,7 @@ def main(argv: list[str]) -> None:
         else:
             train.train(_CONFIG.value, workdir, accept_config_changes=_ACCEPT_CONFIG_CHANGES.value)
     except UnsharedWorkdirError as error:
-        # All processes end by it, and JAX's own way out has each wait until the others have heard.
+        # Raised in all processes: JAX's own exit waits until each of them has ended.
         sys.exit(_tell(error, USAGE_ERROR))
     except (ValueError, FileNotFoundError, ImportError, DownloadError) as error:
         code = _tell(error, USAGE_ERROR)

@@ -13,6 +13,7 @@ from absl import logging
 from rich.console import Console
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
 
 
 def main(
@@ -36,6 +37,8 @@ def main(
     parser.add_argument("-j", "--workers", type=int, default=-1, help="-1: one for each core")
     options = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
+
+    import jax
 
     from metaformer_jax import models
     from metaformer_jax.data.loader import DataError
@@ -63,9 +66,19 @@ def main(
         )
         evaluation.evaluate(config, console=Console())
     except (ValueError, FileNotFoundError, ImportError, DownloadError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return _failed(error)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        return _failed(f"the device failed: {reason} A smaller --batch-size takes less memory.")
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def _failed(error: Exception | str) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return USAGE_ERROR
 
 
 if __name__ == "__main__":

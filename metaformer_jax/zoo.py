@@ -222,6 +222,9 @@ def _check_plot(path: pathlib.Path | None) -> None:
         raise ValueError(f"`--plot` must end in .png, .svg or .pdf, got {path}.")
     if not path.parent.is_dir():
         raise ValueError(f"`--plot` must lie in a folder that is there, got {path}.")
+    from metaformer_jax.weights.outputs import check_can_be_written
+
+    check_can_be_written(path)
 
 
 @functools.cache

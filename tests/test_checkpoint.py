@@ -3,6 +3,8 @@ import numpy as np
 
 from metaformer_jax.training import recipes
 from metaformer_jax.training.checkpoint import Checkpoints
+from metaformer_jax.training.guard import Guard
+from metaformer_jax.training.metrics import PendingMetrics
 from metaformer_jax.training.step import TrainState
 
 
@@ -42,3 +44,19 @@ def test_the_best_stays_that_was_evaluated_after_it_was_saved_and_opened_again(t
             checkpoints.evaluated(step, accuracy)
         checkpoints.wait()
         assert {int(path.name) for path in tmp_path.iterdir()} == {1, 3}
+
+
+def test_figures_of_steps_after_a_save_do_not_get_into_its_checkpoint(tmp_path):
+    pending = PendingMetrics(Guard(tmp_path, [], max_skipped=0))
+
+    def add(step):
+        pending._guard.expect(step, np.zeros(1, np.int32))
+        figures = {"loss": step, "accuracy": 0.0, "grad_norm": 1.0, "num_skipped": 0}
+        pending.add(step, figures, num_replaced=0)
+
+    add(1)
+    # A checkpoint is written in the background: its figures may be read much later.
+    saved = pending.to_host()
+    add(2)
+    assert pending.take()["loss"] == 1.5
+    assert [figures["loss"] for figures in saved] == [1]

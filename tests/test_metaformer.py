@@ -286,14 +286,31 @@ def test_one_key_for_all_layers_is_refused(images):
         ({"res_scale_init": (None,) * 4}, "`res_scale_init` must have one entry.*got 4"),
         ({"depths": (1, 0)}, r"`depths` must be positive whole numbers, got \(1, 0\)"),
         ({"dims": (8, 1.5)}, "`dims` must be positive whole numbers"),
-        ({"mlp_ratio": float("nan")}, "`mlp_ratio` must be positive, got nan"),
-        ({"mlp_ratio": 0}, "`mlp_ratio` must be positive, got 0"),
+        ({"mlp_ratio": float("nan")}, "`mlp_ratio` must be a number .* channel for 8 .*got nan"),
+        ({"mlp_ratio": float("inf")}, "`mlp_ratio` must be a number .*got inf"),
+        ({"mlp_ratio": 0}, "`mlp_ratio` must be a number .*got 0"),
+        ({"mlp_ratio": 0.1}, "`mlp_ratio` must be a number .*got 0.1"),
+        ({"mlp_ratio": "4"}, "`mlp_ratio` must be a number .*got '4'"),
     ],
 )
 def test_specs_that_contradict_themselves_are_refused(fields, message):
     valid = {"depths": (1, 1), "dims": (8, 8), "token_mixers": (Pooling, Pooling)}
     with pytest.raises(ValueError, match=message):
         MetaFormerSpec(**{"res_scale_init": (None, None), **valid, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kernel_size": 0}, "`kernel_size` must be a whole number of at least 1, got 0"),
+        ({"stride": 0}, "`stride` must be a whole number of at least 1, got 0"),
+        ({"padding": -1}, "`padding` must be a whole number of at least 0, got -1"),
+        ({"padding": "SAME"}, "`padding` .*got 'SAME'"),
+    ],
+)
+def test_convolutions_that_there_are_not_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ConvGeometry(**{"kernel_size": 3, "stride": 2, "padding": 1, **fields})
 
 
 @pytest.mark.parametrize(("remat", "scan"), [("none", 0), ("mlp", 0), ("block", 1)])

@@ -46,6 +46,21 @@ def test_random_mixing_refuses_another_number_of_tokens(x):
         module(x)
 
 
+@pytest.mark.parametrize(
+    ("mixer", "arguments", "message"),
+    [
+        (mixers.SepConv, {"kernel_size": 4}, "`kernel_size` must be odd, got 4"),
+        (mixers.SepConv, {"kernel_size": 0}, "`kernel_size` .* at least 1, got 0"),
+        (mixers.SepConv, {"expansion_ratio": 0.01}, "`expansion_ratio` .* for 64 .*got 0.01"),
+        (mixers.Attention, {"head_dim": 0}, "`head_dim` .* at least 1, got 0"),
+        (mixers.Pooling, {"pool_size": 0}, "`pool_size` .* at least 1, got 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(mixer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mixer(64, resolution=(4, 6), rngs=nnx.Rngs(0), **arguments)
+
+
 def test_pooling_averages_without_the_padding(x):
     mixed = mixers.Pooling(64, rngs=nnx.Rngs(0))(x)
     np.testing.assert_allclose(

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,6 +10,7 @@ from PIL import Image
 
 from metaformer_jax import validate
 from metaformer_jax.data.device import normalize
+from metaformer_jax.training import evaluation
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.pretrained import build_abstract, fill
 from metaformer_jax.weights.write import write_variables
@@ -82,3 +84,24 @@ def test_a_mistake_is_one_line(folder, arguments, message, monkeypatch, capsys):
     errors = capsys.readouterr().err
     assert message in errors
     assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nAt ..."),
+            2,
+            "error: the device failed: RESOURCE_EXHAUSTED: Out of memory. A smaller --batch-size "
+            "takes less memory.",
+        ),
+    ],
+)
+def test_what_ends_it_in_the_middle_is_one_line(error, code, message, monkeypatch, capsys):
+    def evaluate(config, console):
+        raise error
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    assert validate.main(["imagenet", "--model", NAME]) == code
+    assert capsys.readouterr().err == f"{message}\n"

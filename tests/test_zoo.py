@@ -53,8 +53,17 @@ def test_one_command_draws_it_below_the_home_folder_too(tmp_path, capsys, monkey
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("accuracy.gif", "must end in .png, .svg or .pdf"), ("gone/accuracy.png", "that is there")],
+    [
+        ("accuracy.gif", "must end in .png, .svg or .pdf"),
+        ("gone/accuracy.png", "that is there"),
+        ("folder.png", "a file that can be written, got 'folder.png': Is a directory"),
+    ],
 )
-def test_a_picture_that_cannot_be_written_is_refused_before_counting(path, message, capsys):
+def test_a_picture_that_cannot_be_written_is_refused_before_counting(
+    path, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(zoo, "_count", None)
     assert zoo.main(["--plot", path]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Where examples come from: random access to encoded, labelled images."""
+"""Sources of examples: random access to encoded, labelled images."""
 
 import io
 import pathlib
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class BadRecordError(ValueError):
-    """One record cannot be read; the others may be."""
+    """One record cannot be read; others may be readable."""
 
 
 class Record(TypedDict):
@@ -22,7 +22,8 @@ class Record(TypedDict):
 class Source(Protocol):
     """A finite list of records; the same index always gives the same record, on every host.
 
-    Sources travel to worker processes: they can be pickled, and several threads may read one.
+    Sources are sent to worker processes, so they must be picklable, and several threads must be
+    able to read from one.
 
     Attributes:
         class_names: in the order of the labels.
@@ -37,7 +38,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
     def describe(self, index: int) -> str:
-        """Where a record lies, for messages: a path, or a shard and a record number."""
+        """The location of a record, for messages: a path, or a shard and a record number."""
         ...
 
 
@@ -105,17 +106,17 @@ def checked_index(index: int, length: int) -> int:
 
 
 def open_source(name: str, split: str, *, root: str | None = None) -> Source:
-    """The records of a data set by its name in the config.
+    """Opens a data set by its name in the config.
 
     Args:
         name: "digits", "folder" (class folders of images under `root`), or the name of a prepared
             TFDS data set, such as "imagenet2012", "imagenet2012:5.1.0" or "mnist".
-        split: "train", "eval" for what the set holds out for evaluation, or a name of the set's
-            own ("val"; for TFDS also slices, "train[:90%]").
+        split: "train", "eval" for the data set's evaluation split, or the data set's own name of a
+            split ("val"; for TFDS also slices, "train[:90%]").
         root: the image folder, or the TFDS `data_dir`; a `gs://` path for TFDS only.
 
     Raises:
-        ValueError: there is no such data set or split, or its files are not whole.
+        ValueError: there is no such data set or split, or its files are not complete.
     """
     if name == "digits":
         return Digits("test" if split == "eval" else split)

@@ -1,4 +1,4 @@
-"""A model with all that lies between a picture's file and named probabilities."""
+"""A model with everything needed to get from an image file to named probabilities."""
 
 import dataclasses
 import functools
@@ -24,22 +24,21 @@ from metaformer_jax.weights.files import local_path
 from metaformer_jax.weights.pretrained import fill
 from metaformer_jax.weights.read import read_checkpoint
 from metaformer_jax.weights.recognition import recognise
-
-NUM_IMAGENET_1K = 1000
+from metaformer_jax.weights.surgery import NUM_IMAGENET_1K
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model, how pictures become its input, and what its classes are called.
+    """A model with its image transform, normalisation and class names.
 
     Attributes:
         model: in evaluation mode.
-        name: the published name, or what the run trained.
+        name: the published name, or a description of the model that the run trained.
         transform: from the content of an image file to uint8 pixels `[h, w, c]`.
         mean: per channel, of pixels scaled to [0, 1].
-        std: likewise.
+        std: per channel, of pixels scaled to [0, 1].
         class_names: by class.
-        notes: what a user should know of how these were found.
+        notes: what a user should know about where these come from.
     """
 
     model: MetaFormer
@@ -51,15 +50,15 @@ class Classifier:
     notes: tuple[str, ...] = ()
 
     def normalize(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The pixels as the model takes them."""
+        """The pixels, normalised for the model."""
         return normalize(images, mean=self.mean, std=self.std)
 
     def logits(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b classes"]:
-        """The model's answer to pixels; not jitted."""
+        """The logits for pixels; not jitted."""
         return self.model(self.normalize(images))
 
     def probabilities(self, images: UInt8[np.ndarray, "b h w c"]) -> Float[Array, "b classes"]:
-        """The softmax of the logits. Compiled once for each batch size."""
+        """The softmax of the logits for pixels. Compiled once for each batch size."""
         return self._compiled(jnp.asarray(images))
 
     @functools.cached_property
@@ -82,24 +81,24 @@ def load_classifier(
     class_names: Sequence[str] | None = None,
     dtype: Any = jnp.float32,
 ) -> Classifier:
-    """Loads a model with what its weights tell of classes and pictures.
+    """Loads a model with its image transform, normalisation and class names.
 
-    A training run's workdir tells everything by its config. Of other weights the published name
-    gives the size, crop, filter, mean and standard deviation of the pictures; the classes are
-    ImageNet-1K's where there are a thousand, and otherwise numbers.
+    For a training run's workdir all of these come from its config. For other weights the published
+    name determines size, crop, filter, mean and standard deviation; a thousand classes are taken to
+    be ImageNet-1K's, and any other number of classes is numbered.
 
     Args:
-        name: a published name. Left out, the weights must tell what they are, by their record,
+        name: a published name. Without it the weights must identify the model, by their record,
             their run's config, their file name or their shapes.
-        weights: whatever `create_model(pretrained=...)` takes as a path; by default the published
+        weights: any path that `create_model(pretrained=...)` accepts; by default the published
             weights, downloaded once.
-        image_size: pixels per side; by default those of the training or the publication.
-        class_names: one for each class, in place of those that are found.
+        image_size: pixels per side; by default that of the training or the publication.
+        class_names: one for each class, instead of those that are found.
         dtype: compute dtype.
 
     Raises:
-        ValueError: an unknown name, no name where one is needed, or weights that do not fit or
-            have no head.
+        ValueError: the name is unknown, or missing and needed; or the weights do not fit or have no
+            head.
         FileNotFoundError: nothing is at the path.
         weights.DownloadError: the published weights could not be fetched.
     """

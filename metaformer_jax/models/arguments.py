@@ -1,5 +1,6 @@
-"""What models are built and called with: checked, and as Python's own numbers."""
+"""Checks of the arguments of models, which return them as plain Python numbers."""
 
+import math
 import operator
 from typing import Any
 
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 
 
 def as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width in pixels, of either form that an `image_size` may have.
+    """Height and width in pixels, from a single number or a pair.
 
     Raises:
-        ValueError: it has neither.
+        ValueError: it is neither.
     """
     pair = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     sides = [side for side in map(whole, pair) if side is not None and side > 0]
@@ -23,7 +24,7 @@ def as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_rate(name: str, rate: float) -> None:
-    """Refuses a rate of dropout or stochastic depth that is none.
+    """Checks a rate of dropout or stochastic depth.
 
     Raises:
         ValueError: it is not in [0, 1).
@@ -37,10 +38,10 @@ def check_rate(name: str, rate: float) -> None:
 
 
 def at_least(least: int, **value: Any) -> int:
-    """The one number given, as Python's own.
+    """The value of the one keyword argument, as a Python int.
 
     Raises:
-        ValueError: it is not whole, or below `least`; the message names it.
+        ValueError: it is not a whole number, or below `least`; the message names the argument.
     """
     ((name, given),) = value.items()
     number = whole(given)
@@ -49,8 +50,24 @@ def at_least(least: int, **value: Any) -> int:
     return number
 
 
+def hidden_channels(dim: int, **ratio: Any) -> int:
+    """`dim` times the one ratio given, rounded down to a whole number of channels.
+
+    Raises:
+        ValueError: the ratio is not a number, or leaves no channel; the message names it.
+    """
+    ((name, given),) = ratio.items()
+    try:
+        return at_least(1, channels=math.floor(dim * given))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"`{name}` must be a number that leaves at least one hidden channel for {dim} "
+            f"channels, got {given!r}."
+        ) from error
+
+
 def whole(value: Any) -> int | None:
-    """The number, NumPy's and JAX's too, as Python's own; None for anything else."""
+    """A whole number (Python's, NumPy's or JAX's) as a Python int; None for anything else."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -58,7 +75,7 @@ def whole(value: Any) -> int | None:
 
 
 def is_floating(dtype: Any) -> bool:
-    """Whether this is a type of floating-point numbers; anything may be asked."""
+    """Whether this is a floating-point dtype; False for whatever is no dtype at all."""
     try:
         return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     except TypeError:

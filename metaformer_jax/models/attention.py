@@ -1,4 +1,4 @@
-"""Attention whose backward pass keeps, per pair of tokens, at most one number in its dtype."""
+"""Attention that keeps, for its backward pass, at most one number per pair of tokens and head."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.schedule import run_after
 from metaformer_jax.models.triton import differentiated_as, has_kernels
 
-# Pairs of tokens, those of all heads and images, from which on CPUs attend to parts of a batch.
+# From this number of pairs of tokens, over all heads and images, CPUs work on parts of a batch.
 _MANY_PAIRS = 2**20
 _MOST_PARTS = 4
 
@@ -25,18 +25,18 @@ def dot_product_attention(
 ) -> Float[Array, "b t n d"]:
     """`softmax(q k^T / sqrt(d)) v` for each head (equation 1 of https://arxiv.org/abs/1706.03762).
 
-    The softmax, its sums and all accumulation are float32. What autodiff would keep for the
-    backward pass is float32 too, and read several times; here it is the exponentials alone, in the
-    dtype of the inputs, and on CPUs, or GPUs where cuDNN attends, not even these. Their sums divide
-    the `d` outputs of a token, not its `s` weights. Reverse mode works to any order; plain forward
-    mode (`jax.jvp`) does not.
+    The softmax, its sums and all accumulation are float32. Autodiff would keep float32 arrays for
+    the backward pass and read them several times. Here only the exponentials are kept, in the dtype
+    of the inputs, and on CPUs, or on GPUs with cuDNN's attention, not even these. The sums of the
+    exponentials divide the `d` outputs of a token, not its `s` weights. Reverse mode works to any
+    order; forward mode (`jax.jvp`) is not supported.
     """
     return _dot_product_attention(_is_for_cudnn(query), query, key, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot_product_attention(by_cudnn: bool, query: Array, key: Array, value: Array) -> Array:
-    # Where nothing of it is kept, XLA for CPUs makes one operation of it, which all cores share.
+    # If nothing is kept, XLA for CPUs makes a single operation of this, which all cores share.
     return _attend_here(_attend_by_head, by_cudnn, query, key, value)[2]
 
 
@@ -81,7 +81,7 @@ _dot_product_attention.defvjp(_forward, _backward)
 
 
 def _attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """The exponentials `[b, n, t, s]`, their sums `[b, n, t, 1]` and what is made of the values."""
+    """The exponentials `[b, n, t, s]`, their sums `[b, n, t, 1]` and the attention's output."""
     wide = wide_dtype(query.dtype)
     scores = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=wide)
     exponentials, totals = _exponentials(scores * query.shape[-1] ** -0.5)
@@ -104,9 +104,9 @@ def _gradients(
     wide = wide_dtype(query.dtype)
     shares = cotangent.astype(wide) / _swapped(totals)
     value_gradient = jnp.einsum("bnts,btnd->bsnd", exponentials, shares.astype(value.dtype))
-    # The softmax takes from each gradient its mean over the tokens, which is that of the output.
+    # The softmax subtracts from each gradient its weighted mean, which is that of the output.
     mean = jnp.sum(shares * mixed.astype(wide), axis=-1, keepdims=True)
-    # Not by the shares: for TPUs that is compiled to twice as many cycles.
+    # Not with `shares`: the compiler for TPUs would need twice as many cycles.
     by_weight = jnp.einsum("btnd,bsnd->bnts", cotangent, value, preferred_element_type=wide)
     by_score = exponentials.astype(wide) * (by_weight / totals - _swapped(mean))
     by_score = (by_score * query.shape[-1] ** -0.5).astype(query.dtype)
@@ -116,7 +116,7 @@ def _gradients(
 
 
 def _is_for_cudnn(query: Float[Array, "b t n d"]) -> bool:
-    """Whether cuDNN's attention, which writes no weights to memory, has gradients for this."""
+    """Whether cuDNN's attention, which writes no weights to memory, has gradients for it."""
     _, t, _, d = query.shape
     is_shaped = t % 2 == 0 and d % 8 == 0 and d <= 128
     return is_shaped and query.dtype != jnp.float32 and has_kernels(query)
@@ -127,10 +127,10 @@ def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
 
 
 def _attend_by_cudnn(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """`_attend`; nothing is kept, zeros that nobody reads stand for it."""
+    """`_attend` by cuDNN; in place of the exponentials it returns zeros that nobody reads."""
 
     def kernel(query: Array, key: Array, value: Array) -> Array:
-        # Called as for gradients: the compiler sees that the backward pass calls the same again.
+        # Called as for gradients: the compiler merges this with the same call in the backward pass.
         return jax.vjp(_cudnn_attention, query, key, value)[0]
 
     mixed = differentiated_as(lambda *arrays: _attend(*arrays)[2], kernel)(query, key, value)
@@ -160,10 +160,10 @@ def _gradients_by_cudnn(
 
 
 def _in_parts(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
-    """The same for each part of a large batch, and the results put together.
+    """`function` applied to the parts of a large batch, with the results concatenated.
 
-    XLA for CPUs gives all heads' products of two small matrices to one core; those of other parts
-    wait for nothing, and other cores take them.
+    XLA for CPUs runs the small matrix products of all heads on one core. The parts do not depend on
+    each other, so other cores can work on them.
     """
 
     def run(query: Array, key: Array, *others: Array) -> tuple[Array, ...]:
@@ -181,12 +181,12 @@ def _in_parts(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple
 
 
 def _attend_by_head(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """`_attend` for CPUs, as products of matrices that lie in memory as they are multiplied.
+    """`_attend` for CPUs, as products of matrices that are contiguous in memory.
 
     XLA for CPUs takes two to five times as long for products that have the heads between the axes
-    of a matrix; the barriers keep it from making such of these. Of the exponentials nothing is
-    kept, zeros that nobody reads stand for them: to fill so much memory takes longer than to
-    multiply again.
+    of a matrix; the barriers keep it from transforming these into such. The exponentials are not
+    kept, and zeros that nobody reads are returned in their place: filling so much memory takes
+    longer than multiplying again.
     """
     exponentials, totals = _exponentials_by_head(query, key)
     value = lax.optimization_barrier(_swapped(value))
@@ -196,7 +196,7 @@ def _attend_by_head(query: Array, key: Array, value: Array) -> tuple[Array, Arra
 
 
 def _exponentials_by_head(query: Array, key: Array) -> tuple[Array, Array]:
-    # Scaled are the `d` numbers of a token, not its `s` scores.
+    # The scale is applied to the `d` numbers of a token, not to its `s` scores.
     scaled = (query.astype(wide_dtype(query.dtype)) * query.shape[-1] ** -0.5).astype(query.dtype)
     query, key = lax.optimization_barrier((_swapped(scaled), _transposed(key)))
     return _exponentials(jnp.matmul(query, key, preferred_element_type=wide_dtype(query.dtype)))
@@ -211,12 +211,12 @@ def _gradients_by_head(
     mixed: Array,
     cotangent: Array,
 ) -> tuple[Array, Array, Array]:
-    """`_gradients` for CPUs: no matrix of weights is transposed, those of `d` columns are."""
+    """`_gradients` for CPUs: only matrices with `d` columns are transposed, never the weights."""
     del nothing
     query, key, value, mixed = (run_after(x, cotangent) for x in (query, key, value, mixed))
     exponentials, _ = _exponentials_by_head(query, key)
     exponentials = exponentials.astype(value.dtype)
-    # Neither sums nor scale go into every pair of tokens.
+    # Sums and scale are applied to tokens, not to every pair of them.
     shares = cotangent.astype(totals.dtype) / _swapped(totals)
     scaled = shares * query.shape[-1] ** -0.5
     mean = jnp.sum(scaled * mixed.astype(totals.dtype), axis=-1, keepdims=True)

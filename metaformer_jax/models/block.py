@@ -12,7 +12,7 @@ from metaformer_jax.models.normalization import LayerNorm
 
 
 class MetaFormerBlock(nnx.Module):
-    """Token mixer and MLP, each normalised, dropped by sample and added to its shortcut."""
+    """Two residual branches, token mixer and MLP, each with a norm and stochastic depth."""
 
     def __init__(
         self,
@@ -51,17 +51,17 @@ class MetaFormerBlock(nnx.Module):
         rngs: nnx.Rngs | ImageKeys | None = None,
         width: int | None = None,
     ) -> Float[Array, "b h w c"]:
-        """What the block makes of its input.
+        """Applies the block.
 
         Args:
-            x: a stage's images, or as `fold` gives them.
-            rngs: as of the model.
-            width: of the images, where `x` has several of their rows side by side.
+            x: the feature maps, or their form after `fold`.
+            rngs: as for the model.
+            width: of the feature maps, needed where `x` has several of their rows side by side.
         """
         return self.transform_channels(self.mix_tokens(x, rngs=rngs, width=width), rngs=rngs)
 
     def fold(self, x: Float[Array, "b h w c"]) -> Float[Array, "b g rw c"]:
-        """`x`, with rows side by side where the mixer works on such (`SepConv.fold`)."""
+        """`x`, with rows side by side if the mixer works on that form (see `SepConv.fold`)."""
         return self.token_mixer.fold(x) if isinstance(self.token_mixer, SepConv) else x
 
     def mix_tokens(
@@ -71,7 +71,7 @@ class MetaFormerBlock(nnx.Module):
         rngs: nnx.Rngs | ImageKeys | None = None,
         width: int | None = None,
     ) -> Float[Array, "b h w c"]:
-        """The first half, with the token mixer."""
+        """The first half of the block, with the token mixer."""
         x, normalized = _beside(self.norm1, x)
         b, rows, across, c = x.shape
         width = width or across
@@ -82,15 +82,15 @@ class MetaFormerBlock(nnx.Module):
     def transform_channels(
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b h w c"]:
-        """The second half, with the MLP."""
+        """The second half of the block, with the MLP."""
         x, normalized = _beside(self.norm2, x)
         branch = self.mlp(normalized)
         return _add_branch(x, branch, self.drop_path2, self.res_scale2, rngs)
 
 
 def _beside(norm: Any, x: Array) -> tuple[Array, Array]:
-    """`x`, and what this norm makes of it."""
-    # One that inherits may compute something else.
+    """`x` itself, and `x` normalised."""
+    # A subclass may compute something else.
     return norm.beside(x) if type(norm) is LayerNorm else (x, norm(x))
 
 

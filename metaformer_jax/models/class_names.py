@@ -1,4 +1,4 @@
-"""What the classes of the published ImageNet-1K heads are called."""
+"""The class names of the published ImageNet-1K heads."""
 
 import functools
 import pathlib

@@ -25,8 +25,8 @@ class Counts:
 def count(model: MetaFormer | Callable[[], MetaFormer]) -> Counts:
     """Counts for one image of the size that the model is built for.
 
-    As in the publication, multiply-adds are those of convolutions and matrix products (attention
-    and random mixing included); norms, activations, pooling and scales do not count.
+    As in the publication, the multiply-adds are those of convolutions and matrix products
+    (including attention and random mixing); norms, activations, pooling and scales do not count.
 
     Args:
         model: or what makes it, which is only traced; an abstract one (`nnx.eval_shape`) as well.
@@ -73,7 +73,7 @@ def _macs(jaxpr: Any) -> int:
         else:
             inner = [_macs(inner) for inner in _inner_jaxprs(equation)]
             if equation.primitive.name == "cond":
-                # The ways to run one operation on different platforms, of which one counts.
+                # The branches are the forms of one operation on different platforms: one counts.
                 total += max(inner)
             else:
                 total += sum(inner) * equation.params.get("length", 1)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 from metaformer_jax.models import depthwise_banded, depthwise_triton
 from metaformer_jax.models.promotion import wide_dtype
 
-# Of a CPU, in float32 numbers.
+# A cache line of a CPU, in float32 numbers.
 _CACHE_LINE = 16
-# Pixels and channels that fit its nearest cache together with what is under the kernel.
+# Pixels and channels that fit into its first-level cache, with the pixels under the kernel.
 _BLOCK = 32
 _CHANNELS = 128
 
@@ -27,14 +27,15 @@ def depthwise_conv2d(
 
     As everywhere in deep learning this is a cross-correlation: the kernel is not flipped.
 
-    The XLA compiler for CPUs runs a grouped convolution more than ten times slower than the same
-    arithmetic written as shifted multiply-adds, which it fuses into one loop. For NVIDIA's GPUs
-    there are kernels of our own. The compiler for TPUs gives a grouped convolution to the vector
-    unit. Where images or their rows fill its lanes it is written there as products of whole rows
-    with banded matrices: the matrix units do these in fewer cycles, by that compiler's estimate,
-    though most of what they multiply is zero. All give the same values.
-    Gradients have rules of their own, so reverse mode works to any order; plain forward mode
-    (`jax.jvp`) does not.
+    XLA for CPUs runs a grouped convolution more than ten times slower than the same arithmetic
+    written as shifted multiply-adds, which it fuses into one loop. NVIDIA GPUs use custom kernels.
+    For TPUs, the compiler assigns a grouped convolution to the vector unit. Where images or their
+    rows fill the vector unit's lanes, the convolution is written as products of whole rows with
+    banded matrices instead: by the compiler's estimate the matrix units take fewer cycles for
+    these, though most of what they multiply is zero. All forms compute the same values.
+
+    The gradients are custom rules: reverse mode works to any order, forward mode (`jax.jvp`) is not
+    supported.
 
     Args:
         x: the input.
@@ -118,17 +119,17 @@ def _banded(x: Array, kernel: Array) -> Array:
 
 
 def _padded(x: Array, kernel: Array) -> Array:
-    """The input with the zeros around it that keep its size, and a cache line more of channels.
+    """The input with "same" zero padding, and with one cache line of channels more.
 
-    With channels in powers of two all pixels under the kernel, a round number of bytes apart, would
-    fall into the same few places of a CPU's cache, and drive each other out.
+    If the number of channels is a power of two, all pixels under the kernel are a power of two of
+    bytes apart: they would fall into the same few sets of a CPU's cache and evict each other.
     """
     kh, kw, _ = kernel.shape
     return jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, _CACHE_LINE)))
 
 
 def _spaced(x: Array) -> Array:
-    """The same, without zeros around it; the barrier keeps XLA from taking the space out again."""
+    """`x` with the additional channels alone; the barrier keeps XLA from removing them again."""
     padding = ((0, 0),) * (x.ndim - 1) + ((0, _CACHE_LINE),)
     return lax.optimization_barrier(jnp.pad(x, padding))
 
@@ -164,8 +165,8 @@ def _kernel_gradient_by_triton(x: Array, cotangent: Array, kernel: Array) -> Arr
 
 
 def _kernel_gradient_by_blocks(x: Array, cotangent: Array, kernel: Array) -> Array:
-    # Some channels of a block of pixels, and of what is under the kernel there, stay in the nearest
-    # cache; whole rows do not. Each image has a sum of its own, so that cores can share the images.
+    # Some channels of a block of pixels, and of the pixels under the kernel there, stay in the
+    # first-level cache; whole rows do not. Each image has its own sum: cores share the images.
     (kh, kw, c), (b, h, w) = kernel.shape, x.shape[:3]
     accumulator = wide_dtype(x.dtype)
     padded = jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
@@ -194,7 +195,7 @@ def _kernel_gradient_by_blocks(x: Array, cotangent: Array, kernel: Array) -> Arr
 
 
 def _block(h: int, w: int) -> tuple[int, int]:
-    """The sides of about `_BLOCK` pixels that divide an image's; of two such the more square."""
+    """Sides of a block of about `_BLOCK` pixels that divide the image's; preferably a square."""
     return min(
         itertools.product(_divisors(h), _divisors(w)),
         key=lambda sides: (abs(math.log(sides[0] * sides[1] / _BLOCK)), sum(sides), sides[1]),
@@ -202,7 +203,7 @@ def _block(h: int, w: int) -> tuple[int, int]:
 
 
 def _channels_together(c: int) -> int:
-    """At most `_CHANNELS` of them, which divide their number, unless these were far too few."""
+    """The largest divisor of `c` up to `_CHANNELS`; `c` itself if that is far too small."""
     most = max(divisor for divisor in _divisors(c) if divisor <= _CHANNELS)
     return most if 2 * most > _CHANNELS else c
 

@@ -1,7 +1,8 @@
-"""Depthwise convolution for TPUs: rows of an image times matrices that hold the kernel.
+"""Depthwise convolution for TPUs: rows of an image times banded matrices that hold the kernel.
 
-Each channel has matrices of its own, from all pixels of some rows side by side to all outputs of as
-many, with the kernel along their diagonals. Most of what the matrix units multiply is zero.
+Each channel has its own matrices. They map all pixels of some rows, side by side, to all outputs of
+as many rows, and hold the kernel along their diagonals. Most of what the matrix units multiply is
+zero.
 """
 
 import functools
@@ -15,14 +16,14 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models.lanes import LANES, fill_lanes, images_along_lanes
 
-# Pixels that are worked off together, where images lie along the lanes and a row has less.
+# Pixels that are processed together where images lie along the lanes: of several rows if need be.
 _SIDE = 64
 # Images along the sublanes of a vector unit.
 _SUBLANES = 8
 
 
 def takes_images(x_shape: tuple[int, ...]) -> bool:
-    """Whether `convolve_images` is for images of this shape."""
+    """Whether `convolve_images` should be used for this shape."""
     b, _, w, _ = x_shape
     return fill_lanes(b) and w <= LANES
 
@@ -45,18 +46,18 @@ def convolve_images(
         feature_group_count=c,
     )
     out = out.reshape(b, h // r, c, r * w).transpose(0, 1, 3, 2).reshape(x.shape)
-    # For the linear layer that follows. There the product of whole rows leaves them anyway.
+    # The layout for the linear layer that follows, and that of the product of whole rows anyway.
     return images_along_lanes(out, major_to_minor=(1, 2, 3, 0))
 
 
 def takes_rows(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
-    """Whether `convolve_rows` is for images of this shape.
+    """Whether `convolve_rows` should be used for this shape.
 
-    Where it was estimated to take fewer cycles: rows that fill three quarters of the lanes, more
-    blocks of them than a kernel reaches, and not too few for matrices as large as these.
+    It is where it was estimated to take fewer cycles: if rows fill three quarters of the lanes, if
+    there are more blocks of rows than a kernel reaches, and enough of them for matrices this large.
     """
     b, h, w, _ = x_shape
-    # Of an exported program any of these may be unknown.
+    # In an exported program any of these may be unknown.
     is_known = all(isinstance(size, int) for size in x_shape)
     if takes_images(x_shape) or not is_known or b % _SUBLANES or w > LANES:
         return False
@@ -67,14 +68,14 @@ def takes_rows(x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
 
 
 def fold(x: Float[Array, "b h w c"]) -> Float[Array, "b g rw c"]:
-    """As many rows side by side as fit the lanes: each block of rows becomes one."""
+    """Puts as many rows side by side as fit the lanes: each block of rows becomes one row."""
     b, h, w, c = x.shape
     r = _rows_together(h, w, LANES)
     return x.reshape(b, h // r, r * w, c)
 
 
 def rows_along_lanes(rows: Float[Array, "b g rw c"]) -> Float[Array, "b g rw c"]:
-    """The same, laid by the compiler for TPUs with pixels along the lanes."""
+    """The same array; on TPUs with a layout that has pixels along the lanes."""
     return _laid(rows, (1, 3, 0, 2))
 
 
@@ -88,7 +89,7 @@ def _laid(array: Array, major_to_minor: tuple[int, ...]) -> Array:
 def convolve_rows(
     rows: Float[Array, "b g rw c"], kernel: Float[Array, "kh kw c"], *, width: int
 ) -> Float[Array, "b g rw c"]:
-    """`depthwise_conv2d` of the images of which these are the rows, folded.
+    """`depthwise_conv2d` of the images whose folded rows these are.
 
     Args:
         rows: see `fold`.
@@ -123,7 +124,7 @@ def kernel_gradient_of_rows(
 
 
 def _bands(kernel: Float[Array, "kh kw c"], r: int, w: int) -> Float[Array, "blocks c rw rw"]:
-    """For each block of rows in reach: from every pixel of it to every output, in each channel."""
+    """For each block of rows in reach, and each channel: the matrix from its pixels to outputs."""
     kh, kw, c = kernel.shape
     reach = _reach(kh, r)
     offsets = np.arange(-reach, reach + 1)[:, None, None] * r
@@ -134,15 +135,15 @@ def _bands(kernel: Float[Array, "kh kw c"], r: int, w: int) -> Float[Array, "blo
     # [row of the kernel, column of it, block, row in, column in, row out, column out]
     taps = in_row[:, None, :, :, None, :, None] & in_column[None, :, None, None, :, None, :]
     taps = taps.reshape(kh * kw, 2 * reach + 1, r * w, r * w)
-    # A product with zeros and ones, since the matrix units place numbers in fewer cycles.
+    # A product with zeros and ones: the matrix units place the numbers in fewer cycles.
     return jnp.einsum("tc,tdio->dcio", kernel.reshape(kh * kw, c), taps.astype(kernel.dtype))
 
 
 def _reach(kernel_height: int, r: int) -> int:
-    """So many blocks of `r` rows above and below one are under the kernel."""
+    """How many blocks of `r` rows above (and below) a block are under the kernel."""
     return -(-(kernel_height // 2) // r)
 
 
 def _rows_together(h: int, w: int, most: int) -> int:
-    """So many rows of an image have at most so many pixels, and divide it."""
+    """The largest divisor of `h` rows with at most `most` pixels; at least one row."""
     return max(r for r in range(1, h + 1) if h % r == 0 and (r == 1 or r * w <= most))

@@ -1,6 +1,6 @@
-"""Depthwise convolution as kernels for NVIDIA's GPUs.
+"""Depthwise convolution as kernels for NVIDIA GPUs.
 
-cuDNN has none for all sizes: depending on what is tried out at the start a layer takes 0.4 or 5 ms.
+cuDNN is not reliable here: depending on the algorithm that XLA chooses, a layer takes 0.4 or 5 ms.
 """
 
 import functools
@@ -23,18 +23,18 @@ from metaformer_jax.models.triton import (
     triton,
 )
 
-# Neighbouring pixels of a row that a thread works off together: it reads what they share once.
+# Neighbouring pixels of a row that a thread computes together, reading the inputs they share once.
 _LONGEST_STRIP = 8
-# Rows that it does, likewise.
+# Rows that it computes together, likewise.
 _ROWS = 2
-# Rows of which a block of threads adds up what they give for a kernel's gradient.
+# Rows over which a thread block sums its part of a kernel's gradient.
 _ROWS_OF_GRADIENT = 14
-# Channels of a thread: beyond, its sums leave the registers.
+# Channels of a thread: with more, its sums no longer fit the registers.
 _PER_THREAD = 4
 _PER_THREAD_OF_GRADIENT = 2
-# Of a kernel: each has a sum in registers, and lines of its own in the program.
+# Of a kernel: each tap has a sum in registers, and its own lines in the program.
 _MOST_TAPS = 49
-# Two numbers of 16 bits in one register become two of 32, squared before or not.
+# Converts two 16-bit numbers in one register to two 32-bit numbers, optionally squared before.
 _UNPACK = "shl.b32 $0, {0}, 16; and.b32 $1, {0}, 0xffff0000;"
 _SQUARE_AND_UNPACK = (
     "{ .reg .b32 squares, zeros; mov.b32 zeros, 0x80008000; "
@@ -43,7 +43,7 @@ _SQUARE_AND_UNPACK = (
 
 
 def has_kernel(x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]) -> bool:
-    """Whether this GPU runs this convolution, and its gradients, by what is here."""
+    """Whether this GPU runs this convolution, and its gradients, with the kernels here."""
     return kernel.shape[0] * kernel.shape[1] <= _MOST_TAPS and has_kernels(x, kernel)
 
 
@@ -61,10 +61,10 @@ def convolve(
     Args:
         x: the input.
         kernel: one filter per channel, of odd height and width.
-        squares: of `x` are convolved.
-        offset: is added for every image.
+        squares: whether the squares of `x` are convolved.
+        offset: added to the convolution of every image.
         factor: multiplies the sum.
-        interpret: runs it on any device, slowly.
+        interpret: interprets the kernel, slowly, on any device.
     """
     has_offset, has_factor = offset is not None, factor is not None
 
@@ -112,7 +112,7 @@ def kernel_gradient(
     squares: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "kh kw c"]:
-    """What `cotangent` gives for a kernel of this size, float32; the rest as of `convolve`."""
+    """The gradient for a kernel of this size, in float32; other arguments as of `convolve`."""
 
     def plain(x: Array, cotangent: Array) -> Array:
         (kh, kw), (h, w) = size, x.shape[1:3]
@@ -260,7 +260,7 @@ def _kernel_gradient_kernel(
 
 
 def _reader(x: Array, block_size: int, *, squares: bool, interpret: bool) -> Any:
-    """Loads numbers of a block, squared or not, as float32."""
+    """Loads values of a block as float32, optionally squared."""
     if x.dtype != jnp.bfloat16 or interpret or block_size < 2 * THREADS:
 
         def read(part: Any, is_inside: Array) -> Array:
@@ -284,7 +284,7 @@ def _reader(x: Array, block_size: int, *, squares: bool, interpret: bool) -> Any
 
 
 def _multiply_add(*, interpret: bool) -> Any:
-    """`a * b + c`, which Triton leaves as two operations."""
+    """`a * b + c` as one operation; Triton would leave two."""
     if interpret:
         return lambda a, b, c: a * b + c
 
@@ -302,7 +302,7 @@ def _multiply_add(*, interpret: bool) -> Any:
 
 
 def _strips(w: int) -> tuple[int, int]:
-    """The length of a row's strips and their number, a power of two, that read least."""
+    """The length of a row's strips and their number, a power of two, for the fewest reads."""
 
     def cost(length: int) -> float:
         return (length + 6) * power_of_two(-(-w // length))
@@ -312,7 +312,7 @@ def _strips(w: int) -> tuple[int, int]:
 
 
 def _channels(c: int, strips: int, per_thread: int) -> int:
-    """Those of a block: few enough for the registers, of these the number that wastes least."""
+    """The channels of a block: few enough for the registers, with the fewest idle threads."""
     most = min(max(16, THREADS * per_thread // strips), power_of_two(c))
     sizes = [size for size in (most, most // 2, most // 4) if size]
     return min(sizes, key=lambda size: -(-c // size) * size)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# XLA gives matrix products, convolutions and sums on CPUs to YNNPACK. With the first two by Eigen,
-# its other library, these models are up to 1.2 times as fast (on two AVX-512 cores; others were not
-# measured); sums and softmaxes are better off with YNNPACK. Loops of its own it writes for half of
-# AVX-512's width by default: by all of it, depthwise convolutions of 56x56 pixels take three
-# quarters of the time.
+# On CPUs XLA hands matrix products, convolutions and sums to the library YNNPACK. With Eigen, its
+# other library, for the first two, these models are up to 1.2 times as fast (on two AVX-512 cores;
+# other CPUs were not measured); sums and softmaxes are faster with YNNPACK. In its own loops XLA
+# uses half of AVX-512's width by default; with the full width, depthwise convolutions of 56x56
+# pixels take three quarters of the time.
 _FOR_CPUS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_prefer_vector_width": "512",
@@ -21,15 +21,15 @@ _FOR_CPUS: dict[str, str | bool] = {
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
-    """What to give `jax.jit(..., compiler_options=...)` for these models.
+    """The best `jax.jit(..., compiler_options=...)` for these models.
 
-    JAX takes options for an outermost `jax.jit` only.
+    JAX accepts compiler options for the outermost `jax.jit` only.
 
     Args:
         platform: such as `cpu`, `gpu` or `tpu`; by default that of `jax.default_backend()`.
 
     Returns:
-        Options that this release of JAX knows; empty for all but CPUs.
+        Options that the installed release of JAX knows; empty for all platforms but CPUs.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
@@ -49,28 +49,28 @@ def _knows_options_for_cpus() -> bool:
 def jit_inference(
     model: nnx.Module, function: Callable[..., Any] = operator.call
 ) -> Callable[..., Any]:
-    """What a model answers with the weights that it has now, jitted with `compiler_options`.
+    """A model with its current weights as a fast function, jitted with `compiler_options`.
 
     On a CPU the weights become constants of the program: XLA arranges them for its matrix products
-    once, and not in every call. Such a program takes longer to compile, and about three times the
+    once instead of in every call. Such a program takes longer to compile, and about three times the
     memory of the weights; for a few images `nnx.jit` is the better choice. On other platforms, and
-    for weights on several devices, they are arguments as usual.
+    for weights on several devices, the weights are arguments as usual.
 
     Args:
-        model: is not changed, and may be changed afterwards. It answers in evaluation mode.
-        function: of a model and what the result is called with, such as
-            `metaformer_jax.MetaFormer.features`; by default the model itself.
+        model: is not changed; later changes to it have no effect. It runs in evaluation mode.
+        function: called with a model and the arguments of the returned function, such as
+            `metaformer_jax.MetaFormer.features`; by default calls the model.
 
     Returns:
-        A function of what `function` takes beside the model, arrays all of it, by place or by
-        keyword. Compiled once for each shape; within another `jax.jit` or gradient it is a part of
-        that.
+        A function of the arguments of `function` other than the model, all of which must be arrays,
+        positional or by keyword. It is compiled once for each shape; inside another `jax.jit` or a
+        gradient it becomes a part of that program.
 
     Raises:
         ValueError: the model is abstract (`nnx.eval_shape`).
     """
     graphdef, state = nnx.split(model)
-    # Only the arrays: what holds them is the model's own, and changes with it.
+    # Only the arrays: the variables that hold them belong to the model, and change with it.
     leaves, structure = jax.tree.flatten(state)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         raise ValueError(
@@ -98,8 +98,8 @@ def jit_inference(
     smallest = sorted(numbers, key=lambda leaf: leaf.size)[:1]
 
     def answer_jitted(*inputs: Any, **named: Any) -> Any:
-        # In a program that is traced a negative is, too, where no input may be. Of a number on the
-        # device: there are programs that forbid to send it any.
+        # Inside a traced program a negation is traced even if no input is. It is taken of a number
+        # on the device, because programs may forbid transfers to it.
         if _is_traced((inputs, named, [-leaf for leaf in smallest])):
             return answer(leaves, *inputs, **named)
         return jitted(*inputs, **named)
@@ -112,7 +112,7 @@ def _is_traced(tree: Any) -> bool:
 
 
 def _platforms(leaves: list[Any]) -> list[str]:
-    """Of each device that holds weights."""
+    """The platform of each device that holds weights."""
     devices = {
         device
         for leaf in leaves

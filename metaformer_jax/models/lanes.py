@@ -1,4 +1,4 @@
-"""Where images lie in a TPU's vector unit."""
+"""Layouts of images in a TPU's vector unit."""
 
 import contextlib
 from typing import Any
@@ -14,35 +14,36 @@ _platform = jax.make_user_context("")
 
 
 def compiled_for(platform: str) -> contextlib.AbstractContextManager[None]:
-    """In this context (`with`) models are written as this platform runs their stages best.
+    """A context (`with`) in which models are traced in the form that is best for this platform.
 
-    Needed only where they are compiled for other devices than this process has by default.
+    Needed only to compile for other devices than the default ones of this process.
     """
     return _platform(platform)
 
 
 def is_for_tpus() -> bool:
-    """Whether what is traced now is to run on TPUs, as far as is known."""
+    """Whether the program being traced is meant for TPUs, as far as is known."""
     return (_platform.value or jax.default_backend()) == "tpu"
 
 
 def fill_lanes(batch_size: Any) -> bool:
-    """Whether so many images fill the lanes of a TPU's vector unit, and leave none empty."""
+    """Whether a batch of this size fills all lanes of a TPU's vector unit."""
     return batch_size % LANES == 0
 
 
 def images_along_lanes(
     x: Float[Array, "b *c"], *, major_to_minor: tuple[int, ...]
 ) -> Float[Array, "b *c"]:
-    """`x`, laid by the compiler for TPUs with its axes in this order, where images fill the lanes.
+    """`x` with its axes laid out in this order on TPUs, if the images fill the lanes.
 
-    The compiler chooses well for single operations; between some of them it then moves arrays to
-    other lanes, which takes longer than either. An exported program for TPUs has a call of
-    `LayoutConstraint` for this, of which `jax.export` has to be told (`disabled_checks`).
+    The compiler chooses good layouts for single operations, but between some of them it then moves
+    arrays to other lanes, which takes longer than the operations. In an exported program for TPUs
+    this is a call of `LayoutConstraint`, which `jax.export` must be told to allow
+    (`disabled_checks`).
 
     Args:
         x: the array.
-        major_to_minor: its axes, that of the images last.
+        major_to_minor: the order of its axes, with that of the images last.
     """
     if not fill_lanes(x.shape[0]):
         return x

@@ -1,4 +1,4 @@
-"""The small parts that every MetaFormer is made of."""
+"""The layers that every MetaFormer is made of, apart from the token mixers."""
 
 import functools
 import math
@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
+from metaformer_jax.models.arguments import hidden_channels
 from metaformer_jax.models.matmul import matmul
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.promotion import promoted
@@ -21,7 +22,7 @@ from metaformer_jax.models.star_relu import (
 )
 
 _BLOCK = 2**16
-# What tensors are called for `models.stages.REMAT`: what takes a matrix product to compute again.
+# The checkpoint name of tensors that take a matrix product to recompute; see `models.stages.REMAT`.
 PRODUCT = "product"
 
 
@@ -34,10 +35,11 @@ def _normal_blocks(key: Array, num_blocks: int) -> Float[Array, "num_blocks bloc
 def kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """Draws from a normal distribution of standard deviation 0.02.
 
-    The publication cuts it at +-2.0, a hundred standard deviations away: nothing is cut.
+    The publication truncates the distribution at +-2.0. That is a hundred standard deviations away,
+    so nothing is ever truncated.
 
-    A compiler takes a quarter of a second for random numbers of each new shape. Drawn in blocks, a
-    power of two of them, all shapes of a model share a handful of programs.
+    Compiling the random numbers of each new shape takes a quarter of a second. The numbers are
+    therefore drawn in a power of two of blocks, so that all shapes of a model share a few programs.
     """
     size = math.prod(shape)
     num_blocks = 1 << (math.ceil(size / _BLOCK) - 1).bit_length()
@@ -48,7 +50,7 @@ def kernel_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) ->
 class Frozen(nnx.Variable):
     """A variable that is drawn once and never trained (RandFormer's mixing matrices).
 
-    It is not an `nnx.Param`, so that gradients, optimisers and weight decay never see it.
+    It is not an `nnx.Param`, so gradients, optimisers and weight decay never see it.
     """
 
 
@@ -59,9 +61,9 @@ class NormFn(Protocol):
 
 
 class HeadFn(Protocol):
-    """Builds a classifier of `[b, c]` features; its module takes `(x, *, rngs=None)`.
+    """Builds a classifier of `[b, c]` features; its module is called with `(x, *, rngs=None)`.
 
-    Where it drops something, it should be with `Dropout`, which knows both kinds of `rngs`.
+    A head with dropout should use `Dropout`, which accepts both kinds of `rngs`.
     """
 
     def __call__(
@@ -119,7 +121,7 @@ class Linear(nnx.Linear):
 
 
 class ResScale(nnx.Module):
-    """Multiplies the residual branch's shortcut by a learned vector (https://arxiv.org/abs/2110.09456)."""
+    """Multiplies a block's shortcut by a learned vector (https://arxiv.org/abs/2110.09456)."""
 
     def __init__(self, dim: int, *, init_value: float = 1.0, rngs: nnx.Rngs):
         init = nnx.initializers.constant(init_value)
@@ -131,17 +133,17 @@ class ResScale(nnx.Module):
 
 
 class ImageKeys:
-    """Keys for dropout, one for each image of a batch: given to a model in place of `nnx.Rngs`.
+    """Random keys for dropout, one per image of a batch; pass it to a model instead of `nnx.Rngs`.
 
-    An image's masks then depend on its own key alone, wherever it lies in whatever batch, so that
-    the devices that share a batch, and the parts that it is worked off in, do not matter.
+    The masks of an image then depend on its own key alone: not on the other images of the batch,
+    its position, the devices that share the batch, or the division into micro-batches.
 
     Args:
         keys: one for each image.
-        num_draws: how often they were drawn from before.
+        num_draws: how often keys were drawn before.
 
     Raises:
-        ValueError: `keys` are no keys, or not in one row.
+        ValueError: `keys` is not a one-dimensional array of random keys.
     """
 
     def __init__(self, keys: Key[Array, " b"], *, num_draws: int | Int[Array, ""] = 0):
@@ -157,16 +159,16 @@ class ImageKeys:
         self.num_draws = num_draws
 
     def __call__(self) -> Key[Array, " b"]:
-        """The keys of the next layer."""
+        """The keys for the next layer, one per image."""
         self.num_draws += 1
         return jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, self.num_draws)
 
 
 class Dropout(nnx.Dropout):
-    """Flax's dropout, which also takes `ImageKeys`.
+    """Flax's dropout, which also accepts `ImageKeys`.
 
     Attributes:
-        keep_prob: in place of `1 - rate`, where that is a number known only as the program runs.
+        keep_prob: replaces `1 - rate` where that is an array, known only when the program runs.
     """
 
     keep_prob: Float[Array, ""] | None = None
@@ -188,7 +190,7 @@ class Dropout(nnx.Dropout):
         return jax.vmap(lambda image, key: drop(image[None], rngs=key)[0])(inputs, rngs())
 
     def _drop(self, keep_prob: Array, inputs: Array, *, rngs: Array) -> Array:
-        # What Flax does, for a rate that need not be a Python number.
+        # The same as Flax's dropout, for a rate that need not be a Python number.
         shape = [
             1 if axis in self.broadcast_dims else size for axis, size in enumerate(inputs.shape)
         ]
@@ -199,8 +201,8 @@ class Dropout(nnx.Dropout):
 class DropPath(Dropout):
     """Stochastic depth: drops a residual branch for whole samples (https://arxiv.org/abs/1603.09382).
 
-    Every instance forks its own stream of keys, and with a stream given to the call every call
-    takes the next key of it, so that no two branches of a model share a mask.
+    Every instance forks its own stream of random keys; if a stream is passed with the call, every
+    instance takes the next key of it. Either way no two branches of a model share a mask.
     """
 
     def __init__(self, rate: float, *, rngs: nnx.Rngs):
@@ -213,7 +215,7 @@ class Mlp(nnx.Module):
     def __init__(
         self, dim: int, *, expansion_ratio: float = 4, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        hidden_dim = int(dim * expansion_ratio)
+        hidden_dim = hidden_channels(dim, expansion_ratio=expansion_ratio)
         self.fc1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
         self.act = StarReLU(rngs=rngs)
         self.fc2 = Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
@@ -223,7 +225,7 @@ class Mlp(nnx.Module):
 
 
 class Downsampling(nnx.Module):
-    """A strided convolution, normalised before (stages 2 to 4) or after (the stem) it."""
+    """A strided convolution with a norm before it (stages 2 to 4) or after it (the stem)."""
 
     def __init__(
         self,
@@ -289,7 +291,7 @@ class MlpHead(nnx.Module):
         dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        hidden_dim = int(dim * expansion_ratio)
+        hidden_dim = hidden_channels(dim, expansion_ratio=expansion_ratio)
         self.fc1 = nnx.Linear(dim, hidden_dim, kernel_init=kernel_init, rngs=rngs)
         self.norm = layer_norm(hidden_dim, use_bias=True, epsilon=1e-5, rngs=rngs)
         self.dropout = nnx.data(Dropout(dropout, rngs=rngs) if dropout else None)

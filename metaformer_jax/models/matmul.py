@@ -1,4 +1,4 @@
-"""The matrix product of linear layers, with gradients that XLA for CPUs runs well."""
+"""The matrix product of linear layers, with gradients that are fast on CPUs."""
 
 import jax
 from jax import lax
@@ -27,7 +27,7 @@ def kernel_gradient(
     x: Float[Array, "*b c"], cotangent: Float[Array, "*b d"]
 ) -> Float[Array, "c d"]:
     """The sum over all `b` of the outer products of `x` and `cotangent`."""
-    # XLA for CPUs transposes the left side of a sum over tokens in memory: let it be the smaller.
+    # XLA for CPUs transposes the left operand in memory: let that be the smaller one.
     left, right = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
     is_swapped = left.shape[1] > right.shape[1]
     if is_swapped:

@@ -1,8 +1,7 @@
-"""MetaFormer: a specification, and the model of it (section 2 of the publication)."""
+"""MetaFormer: the specification, and the model built from it (section 2 of the publication)."""
 
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.arguments import as_pair, at_least, check_rate, is_floating, whole
+from metaformer_jax.models.arguments import (
+    as_pair,
+    at_least,
+    check_rate,
+    hidden_channels,
+    is_floating,
+    whole,
+)
 from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.layers import (
     Downsampling,
@@ -28,31 +34,40 @@ from metaformer_jax.models.stages import drops, remat_here, remat_name, run_bloc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvGeometry:
-    """Kernel size, stride and padding of a downsampling convolution, in pixels."""
+    """Kernel size, stride and padding of a downsampling convolution, in pixels.
+
+    Raises:
+        ValueError: one of them is not a whole number, or out of range.
+    """
 
     kernel_size: int
     stride: int
     padding: int
 
+    def __post_init__(self):
+        for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0)):
+            value = at_least(least, **{name: getattr(self, name)})
+            object.__setattr__(self, name, value)
+
     def out_size(self, size: int) -> int:
-        """The output's height (width) for an input's; below 1 where the input is too small."""
+        """Height (or width) of the output for that of the input; below 1 for too small an input."""
         return (size + 2 * self.padding - self.kernel_size) // self.stride + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetaFormerSpec:
-    """What a MetaFormer is made of, stage by stage.
+    """The architecture of a MetaFormer, stage by stage.
 
     Attributes:
-        depths: blocks per stage.
-        dims: channels per stage.
+        depths: number of blocks per stage.
+        dims: number of channels per stage.
         token_mixers: one mixer factory per stage, see `TokenMixerFn`.
-        norm: the normalisation inside the blocks.
-        head: the classifier, `LinearHead` or `MlpHead` or one's own.
-        mlp_ratio: hidden channels of the blocks' MLP over their channels.
-        res_scale_init: initial ResScale per stage; None leaves it out.
-        stem: the first downsampling.
-        downsampling: all later ones.
+        norm: the norm inside the blocks.
+        head: the classifier: `LinearHead`, `MlpHead` or your own (`HeadFn`).
+        mlp_ratio: hidden channels of a block's MLP, as a multiple of the block's channels.
+        res_scale_init: initial value of ResScale per stage; None for no ResScale.
+        stem: the first downsampling convolution.
+        downsampling: all later downsampling convolutions.
 
     Example:
         A small network with pooling first and attention last::
@@ -66,7 +81,7 @@ class MetaFormerSpec:
             model = MetaFormer(spec, num_classes=10, image_size=64, rngs=nnx.Rngs(0))
 
     Raises:
-        ValueError: the stages disagree in number, or a number is out of range.
+        ValueError: the fields have different numbers of stages, or a number is out of range.
     """
 
     depths: tuple[int, ...]
@@ -97,8 +112,7 @@ class MetaFormerSpec:
                     f"`{name}` must be positive whole numbers, got {getattr(self, name)}."
                 )
             object.__setattr__(self, name, numbers)
-        if not 0 < self.mlp_ratio < math.inf:
-            raise ValueError(f"`mlp_ratio` must be positive, got {self.mlp_ratio}.")
+        hidden_channels(min(self.dims), mlp_ratio=self.mlp_ratio)
 
     def stage_resolutions(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """The (height, width) of each stage's output, in tokens, for images of this size.
@@ -123,37 +137,40 @@ class MetaFormerSpec:
 
 
 class MetaFormer(nnx.Module):
-    """A hierarchical MetaFormer: per stage a downsampling and its blocks; then norm and head.
+    """A hierarchical MetaFormer: stages of a downsampling convolution and blocks, a norm, a head.
 
-    Call it on images `[b, h, w, in_channels]`, normalised, to get logits `[b, num_classes]`;
-    `num_classes=0` gives the normalised pooled feature `[b, c]` instead.
+    Call it on normalised images `[b, h, w, in_channels]` to get logits `[b, num_classes]`. With
+    `num_classes=0` it returns the normalised pooled feature `[b, c]` instead.
 
-    Stochastic depth and head dropout act in training mode (`model.train()`, the state after
-    building, as in all of NNX) and not after `model.eval()`. They draw from the `rngs` given at
-    the call (`nnx.Rngs`, or `ImageKeys` for masks of each image's own), or else from streams
-    forked from the `rngs` given here.
+    Stochastic depth and head dropout are active in training mode (`model.train()`, which is the
+    state after building, as in all of NNX) and inactive after `model.eval()`. They draw from the
+    `rngs` passed with the call (`nnx.Rngs`, or `ImageKeys` for masks that depend on the image
+    alone); without these, from streams forked from the `rngs` given here.
 
-    Differentiate by reverse mode, to any order (with `scan` once only); forward mode (`jax.jvp`)
-    does not go through.
+    Reverse-mode differentiation works to any order (with `scan`, to the first order only).
+    Forward mode (`jax.jvp`) is not supported.
 
     Args:
         spec: the architecture.
-        num_classes: classes of the head; 0 leaves it out.
+        num_classes: classes of the head; 0 for no head.
         in_channels: channels of the images.
-        image_size: pixels per side, or (height, width), that mixers which depend on the number of
-            tokens (`RandomMixing`) are built for. A model without such mixers takes any size.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        head_dropout: dropout in the head.
+        image_size: pixels per side, or (height, width). Mixers that depend on the number of tokens
+            (`RandomMixing`) are built for this size; a model without such mixers accepts any size.
+        drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0 at the
+            first block.
+        head_dropout: dropout rate in the head.
         dtype: compute dtype of stem and stages. Parameters, the statistics of norms, softmax and
-            the head are float32 always.
-        remat: what of each block the backward pass computes anew in place of keeping it, one of
-            `stages.REMAT`: less memory, mostly more time, the same numbers, but for masks that
-            are not drawn from `ImageKeys`: these are others. True means "block"; "auto" is "mlp"
-            where it is compiled for TPUs, and elsewhere "none".
-        scan: blocks in each round of a loop over those of a stage, for a shorter compilation and a
-            slower step with the same parameters; 0 writes all out. For second derivatives it must
-            be 0: in a loop JAX (0.10.2) confuses what rules like ours keep.
-        rngs: initial values (`params`) and, where a rate is positive, masks (`dropout`).
+            the head are always float32.
+        remat: which part of each block the backward pass recomputes instead of keeping it, one of
+            `stages.REMAT`. Less memory, usually more time, the same results, except that masks not
+            drawn from `ImageKeys` are different ones. True means "block"; "auto" means "mlp" when
+            compiled for TPUs and "none" elsewhere.
+        scan: runs the blocks of a stage as a loop with this many blocks per iteration, for a
+            shorter compilation and a slower step with the same parameters; 0 uses no loop. Must be
+            0 for second derivatives: in a loop, JAX (0.10.2) mixes up the residuals of custom
+            gradient rules.
+        rngs: random keys for the initial values (`params`) and, if a rate is positive, for the
+            masks (`dropout`).
 
     Raises:
         ValueError: a number is out of range, or `image_size` is too small for the stages.
@@ -238,7 +255,7 @@ class MetaFormer(nnx.Module):
         """The output of each stage, `[b, h, w, c]` in the compute dtype, for dense tasks.
 
         Raises:
-            ValueError: the images have another rank, channel count or size than the model takes.
+            ValueError: rank, channels, size or dtype of the images do not fit the model.
         """
         self._check_images(images)
         if not isinstance(rngs, nnx.Rngs | ImageKeys | None):
@@ -251,7 +268,7 @@ class MetaFormer(nnx.Module):
         if not any(map(drops, itertools.chain(*self.stages))):
             rngs = None
         elif (remat != "none" or self.scan) and isinstance(rngs, nnx.Rngs):
-            # Flax's streams count in a variable, which cannot change inside.
+            # Flax's streams count in a variable, which cannot change inside a loop or `remat`.
             rngs = ImageKeys(jax.random.split(rngs.dropout(), len(images)))
         outputs = []
         for downsample, blocks in zip(self.downsample_layers, self.stages, strict=True):
@@ -268,10 +285,10 @@ class MetaFormer(nnx.Module):
     def __call__(
         self, images: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b classes"]:
-        """Logits, float32; with `num_classes=0` the normalised pooled feature.
+        """The logits in float32; with `num_classes=0` the normalised pooled feature.
 
         Raises:
-            ValueError: the images have another rank, channel count or size than the model takes.
+            ValueError: rank, channels, size or dtype of the images do not fit the model.
         """
         x = self.pool(self.features(images, rngs=rngs)[-1])
         return x if self.head is None else self.head(x, rngs=rngs)
@@ -310,10 +327,10 @@ class MetaFormer(nnx.Module):
 
 
 class _ParamKeys(nnx.RngStream):
-    """Keys for initial values, counted in Python.
+    """Keys for initial values, counted by a Python int.
 
-    NNX counts in an array. Under `jit` and `eval_shape` each of its increments takes time in
-    proportion to all that was traced before: 4.0 s in place of 0.6 s for CAFormer-B36.
+    NNX counts in an array. Under `jit` and `eval_shape` each increment of it takes time in
+    proportion to everything traced before: 4.0 s instead of 0.6 s for CAFormer-B36.
     """
 
     def __init__(self, key: Array):

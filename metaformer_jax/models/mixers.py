@@ -1,4 +1,4 @@
-"""The five token mixers, and the interface that a mixer of one's own has to meet."""
+"""The five token mixers, and the interface that a token mixer must have."""
 
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import depthwise_banded
+from metaformer_jax.models.arguments import at_least, hidden_channels
 from metaformer_jax.models.attention import dot_product_attention
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.lanes import is_for_tpus
@@ -25,10 +26,10 @@ from metaformer_jax.models.star_relu import (
 class TokenMixerFn(Protocol):
     """Builds the token mixer of one block: a module that maps `[b, h, w, c]` to the same shape.
 
-    `resolution` is the (height, width) in tokens of the stage at the model's own image size. A
-    mixer that works at no other keeps it as its attribute `resolution`, so that the model can
-    refuse other images by name; any other mixer ignores it. `functools.partial` fixes further
-    arguments.
+    `resolution` is the stage's (height, width) in tokens at the image size that the model is built
+    for. A mixer that works only at this resolution stores it as its attribute `resolution`, so that
+    the model can refuse other images with a clear message; other mixers ignore it. Use
+    `functools.partial` to fix further arguments.
     """
 
     def __call__(
@@ -56,7 +57,7 @@ class IdentityMixing(nnx.Module):
 class RandomMixing(nnx.Module):
     """Mixes all tokens by one random matrix that is never trained (RandFormer).
 
-    Each row is the softmax of uniform random numbers. The matrix belongs to one number of tokens.
+    Each row is the softmax of uniform random numbers. The matrix fits one number of tokens only.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Pooling(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del dim, resolution, dtype, rngs
-        self.pool_size = pool_size
+        self.pool_size = at_least(1, pool_size=pool_size)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         # The difference of two close numbers: in bfloat16 little of it would be left.
@@ -120,7 +121,7 @@ class SepConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del resolution
-        hidden_dim = int(dim * expansion_ratio)
+        hidden_dim = hidden_channels(dim, expansion_ratio=expansion_ratio)
         self.pwconv1 = Linear(dim, hidden_dim, dtype=dtype, rngs=rngs)
         self.act1 = StarReLU(rngs=rngs)
         self.dwconv = DepthwiseConv(hidden_dim, kernel_size=kernel_size, dtype=dtype, rngs=rngs)
@@ -135,9 +136,9 @@ class SepConv(nnx.Module):
         return self.pwconv2(mixed).reshape(x.shape)
 
     def fold(self, x: Float[Array, "b h w c"]) -> Float[Array, "b g rw c"]:
-        """`x`, with rows side by side where TPUs convolve it so (`depthwise_banded`).
+        """`x`, with rows side by side where TPUs convolve this form (`depthwise_banded`).
 
-        What the layers before and after do to each pixel they do faster in the same form.
+        The linear layers before and after are faster in the same form, too.
         """
         in_rows = (
             is_for_tpus()
@@ -151,6 +152,12 @@ class DepthwiseConv(nnx.Module):
     """One square filter per channel, without bias."""
 
     def __init__(self, dim: int, *, kernel_size: int, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        kernel_size = at_least(1, kernel_size=kernel_size)
+        if kernel_size % 2 == 0:
+            raise ValueError(
+                f"`kernel_size` must be odd, got {kernel_size}. Only odd sizes keep the image's "
+                "size with symmetric padding."
+            )
         self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (kernel_size, kernel_size, dim)))
 
@@ -180,9 +187,9 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del resolution
-        self.head_dim = head_dim
-        self.num_heads = max(1, dim // head_dim)
-        attention_dim = self.num_heads * head_dim
+        self.head_dim = at_least(1, head_dim=head_dim)
+        self.num_heads = max(1, dim // self.head_dim)
+        attention_dim = self.num_heads * self.head_dim
         self.qkv = Linear(dim, 3 * attention_dim, dtype=dtype, rngs=rngs)
         self.proj = Linear(attention_dim, dim, dtype=dtype, rngs=rngs)
 
@@ -192,14 +199,14 @@ class Attention(nnx.Module):
         return self.proj(mixed.reshape(b, h, w, self.num_heads * self.head_dim))
 
     def weights(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k n n"]:
-        """What each token (third axis) takes of each (last axis), for every head, in float32."""
+        """Attention weights of each token (third axis) for each token (last axis), in float32."""
         query, key, _ = self._heads(x)
         scores = jnp.einsum("btkd,bskd->bkts", query, key, preferred_element_type=jnp.float32)
         return jax.nn.softmax(scores * self.head_dim**-0.5, axis=-1)
 
     def _heads(self, x: Float[Array, "b h w c"]) -> list[Float[Array, "b n k d"]]:
         b, h, w, _ = x.shape
-        # Thirds of the last axis, for an axis of three would be moved about in memory.
+        # The last axis in thirds: with an axis of three, arrays would be transposed in memory.
         return [
             third.reshape(b, h * w, self.num_heads, self.head_dim)
             for third in jnp.split(self.qkv(x), 3, axis=-1)

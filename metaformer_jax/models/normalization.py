@@ -1,6 +1,6 @@
-"""Layer normalisation that keeps, for its backward pass, its input and two numbers per mean.
+"""Layer normalisation that keeps little for its backward pass: its input, mean and variance.
 
-By the kernels for GPUs it keeps its input alone.
+The kernels for GPUs keep the input alone.
 """
 
 import functools
@@ -18,12 +18,12 @@ from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.schedule import run_after
 from metaformer_jax.models.triton import differentiated_as, has_kernels
 
-# What `jax.checkpoint` knows them by.
+# Their name for `jax.checkpoint`.
 STATISTICS = "statistics"
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Flax's layer normalisation with a backward pass of its own; a scale, and maybe a bias.
+    """Flax's layer normalisation with a custom backward pass; with a scale, optionally a bias.
 
     Statistics and the affine part are float32 (https://arxiv.org/abs/1607.06450).
     """
@@ -32,7 +32,7 @@ class LayerNorm(nnx.LayerNorm):
         return self.beside(x)[1]
 
     def beside(self, x: Float[Array, "b *c"]) -> tuple[Float[Array, "b *c"], Float[Array, "b *c"]]:
-        """`x` itself, and normalised: on GPUs the gradients of both are added up in one pass."""
+        """`x` itself, and `x` normalised: on GPUs one kernel adds up the gradients of both."""
         axes = self.reduction_axes
         axes = tuple(axis % x.ndim for axis in ((axes,) if isinstance(axes, int) else axes))
         scale: Array = self.scale[...]  # type: ignore[index]
@@ -49,7 +49,7 @@ class LayerNorm(nnx.LayerNorm):
 def _normalize(
     x: Float[Array, "b *c"], scale: Float[Array, " c"], axes: tuple[int, ...], epsilon: float
 ) -> Float[Array, "b *c"]:
-    """`scale * (x - mean) / sqrt(variance + epsilon)`, wide, over these axes."""
+    """`scale * (x - mean) / sqrt(variance + epsilon)` over these axes, in float32 or wider."""
     return _forward(x, scale, axes, epsilon)[0]
 
 
@@ -69,10 +69,10 @@ def _backward(
 ) -> tuple[Array, Array]:
     del epsilon
     x, scale, mean, inverse = residuals
-    # The other way round than in the forward pass, or XLA for CPUs would keep it from there.
+    # Not written as in the forward pass: XLA for CPUs would keep the result from there.
     normalized = (mean - run_after(x, cotangent).astype(mean.dtype)) * -inverse
     gradient = cotangent * scale
-    # What moves all values, or stretches them, does not show in the output.
+    # A shift or a scaling of all values does not change the output.
     moved = jnp.mean(gradient, axes, keepdims=True)
     stretched = jnp.mean(gradient * normalized, axes, keepdims=True)
     moved, stretched = _unfused((moved, stretched))
@@ -88,7 +88,7 @@ _normalize.defvjp(_forward, _backward)
 def _normalize_beside(
     x: Float[Array, "b *c"], scale: Float[Array, " c"], epsilon: float, dtype: Any
 ) -> tuple[Float[Array, "b *c"], Float[Array, "b *c"]]:
-    """`x`, and normalised over the last axis in this dtype, by the kernels for GPUs."""
+    """`x`, and `x` normalised over the last axis in this dtype, by the kernels for GPUs."""
     return _forward_beside(x, scale, epsilon, dtype)[0]
 
 
@@ -126,5 +126,5 @@ def _normalize_last(x: Array, scale: Array, *, epsilon: float, dtype: Any) -> Ar
 
 
 def _unfused(means: Any) -> Any:
-    # XLA for CPUs fuses means with what is made of them, and writes the scales out for each value.
+    # XLA for CPUs would fuse the means with their use, and write them out for every value.
     return lax.platform_dependent(means, cpu=lax.optimization_barrier, default=lambda means: means)

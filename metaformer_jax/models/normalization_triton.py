@@ -1,4 +1,4 @@
-"""Layer normalisation over the last axis as kernels for NVIDIA's GPUs: everything is read once."""
+"""Layer normalisation over the last axis as kernels for NVIDIA GPUs that read everything once."""
 
 import functools
 from typing import Any
@@ -17,14 +17,14 @@ from metaformer_jax.models.triton import (
     store,
 )
 
-# A row is held by the threads of one block.
+# The threads of one block hold a whole row.
 MOST_CHANNELS = 1024
-# Channels that are loaded together, and few enough for the threads of one warp.
+# Channels that are loaded together: few enough for the threads of one warp.
 _MOST_TOGETHER = 128
-# Numbers of each array that a thread holds, where that is not too many rows.
+# Values of each array that a thread holds, unless that is too many rows.
 _PER_THREAD = 16
 _MOST_ROWS = 16
-# Blocks of threads of a backward pass, each of which adds up a gradient of the scale.
+# Thread blocks of a backward pass, each of which sums its own part of the scale's gradient.
 _MOST_BLOCKS = 1024
 
 
@@ -36,14 +36,14 @@ def normalize(
     dtype: Any,
     interpret: bool = False,
 ) -> Float[Array, "*b c"]:
-    """`scale * (x - mean) / sqrt(variance + epsilon)`, where all but the result is float32.
+    """`scale * (x - mean) / sqrt(variance + epsilon)`, computed in float32.
 
     Args:
         x: the input.
         scale: one number per channel.
         epsilon: as above.
         dtype: of the result.
-        interpret: runs it on any device, slowly.
+        interpret: interprets the kernel, slowly, on any device.
     """
     flat = x.reshape(-1, x.shape[-1])
     rows, channels = _block(flat.shape[1])
@@ -61,7 +61,7 @@ def gradients(
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "*b c"], Float[Array, " c"]]:
-    """Those for `x`, with `beside` added, and for `scale`; arguments as above."""
+    """The gradients for `x`, with `beside` added, and for `scale`; arguments as above."""
     flat, c = x.reshape(-1, x.shape[-1]), x.shape[-1]
     rows, channels = _block(c)
     parts = pl.cdiv(pl.cdiv(len(flat), rows), _MOST_BLOCKS)
@@ -85,7 +85,7 @@ def gradients(
 def _block(c: int) -> tuple[int, int]:
     """Rows of a block of threads, and channels that are loaded together."""
     channels = min(c & -c, _MOST_TOGETHER)
-    # Of odd numbers and the like one load takes all, and leaves threads idle.
+    # If that is too few, as for an odd number, one load takes all channels and idles some threads.
     channels = channels if channels >= 16 else power_of_two(c)
     rows = power_of_two(-(-THREADS * _PER_THREAD // max(c, channels)))
     return min(rows, _MOST_ROWS), channels
@@ -161,7 +161,7 @@ def _normalization_gradient_kernel(
         normalized = [part * inverse for part in centred]
         given = _load_row(cotangent, row, channels)
         gradients = [part * weight for part, weight in zip(given, weights, strict=True)]
-        # What moves all values, or stretches them, does not show in the output.
+        # A shift or a scaling of all values does not change the output.
         moved = _mean(gradients, c)
         products = [a * b for a, b in zip(gradients, normalized, strict=True)]
         stretched = _mean(products, c)

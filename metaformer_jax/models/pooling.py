@@ -11,14 +11,15 @@ from jaxtyping import Array, Float
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def average_pool(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h w c"]:
-    """The mean of each square of `size` pixels a side, of those that lie in the image.
+    """The mean of the pixels in a `size` x `size` window that lie inside the image.
 
-    XLA for CPUs adds a window's pixels one at a time; written as sums of shifted images they are
-    one loop over whole vectors. Reverse mode works to any order.
+    XLA for CPUs adds a window's pixels one at a time; sums of shifted images become one loop over
+    whole vectors. Reverse mode works to any order.
 
     Args:
         x: the images.
-        size: pixels; of an even number one more lies below and to the right, as with "SAME".
+        size: of the window, in pixels. An even window has one pixel more below and to the right, as
+            with "SAME" padding.
     """
     return _sums(x, *_reach(size)) / _counts(x, size)
 
@@ -30,7 +31,7 @@ def _forward(x: Array, size: int) -> tuple[Array, None]:
 def _backward(size: int, residuals: None, cotangent: Array) -> tuple[Array]:
     del residuals
     before, after = _reach(size)
-    # A pixel is in the windows of those that it has in its own, mirrored.
+    # A pixel lies in the windows of those pixels that its own window, mirrored, contains.
     return (_sums(cotangent / _counts(cotangent, size), after, before),)
 
 
@@ -42,7 +43,7 @@ def _reach(size: int) -> tuple[int, int]:
 
 
 def _counts(x: Array, size: int) -> Float[np.ndarray, "h w 1"]:
-    """So many pixels of each window lie in the image."""
+    """How many pixels of each window lie inside the image."""
     before, after = _reach(size)
     rows, columns = (
         np.minimum(np.arange(n) + after, n - 1) - np.maximum(np.arange(n) - before, 0) + 1
@@ -52,7 +53,7 @@ def _counts(x: Array, size: int) -> Float[np.ndarray, "h w 1"]:
 
 
 def _sums(x: Array, before: int, after: int) -> Array:
-    """The sum of each window that reaches so many pixels up and left, and down and right."""
+    """Sums of windows that reach `before` pixels up and left, and `after` down and right."""
     return lax.platform_dependent(
         x,
         cpu=functools.partial(_shifted, before=before, after=after),

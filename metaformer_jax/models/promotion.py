@@ -1,6 +1,6 @@
-"""Explicit promotion, for programs that forbid JAX to promote by itself.
+"""Explicit dtype promotion, for programs that forbid JAX's implicit promotion.
 
-That is `jax.numpy_dtype_promotion("strict")`; `jnp.promote_types` is refused under it as well.
+They use `jax.numpy_dtype_promotion("strict")`, under which `jnp.promote_types` is refused as well.
 """
 
 import functools
@@ -12,11 +12,11 @@ from jaxtyping import Array
 
 
 def wide_dtype(dtype: Any) -> np.dtype:
-    """float32, or the dtype itself where it holds more."""
+    """float32, or the dtype itself if it is wider."""
     return np.promote_types(dtype, jnp.float32)
 
 
 def promoted(*arrays: Array) -> list[Array]:
-    """The arrays, all in the least dtype that holds the numbers of each."""
+    """The arrays, all in the smallest dtype that can hold the values of each."""
     dtype = functools.reduce(np.promote_types, (array.dtype for array in arrays))
     return [array.astype(dtype) for array in arrays]

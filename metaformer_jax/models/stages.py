@@ -1,4 +1,4 @@
-"""Runs the blocks of a stage: one by one or as a loop, keeping or computing anew what is inside."""
+"""Runs the blocks of a stage, one by one or as a loop, with or without recomputation."""
 
 import functools
 import itertools
@@ -15,24 +15,24 @@ from metaformer_jax.models.lanes import is_for_tpus
 from metaformer_jax.models.layers import PRODUCT, Dropout, ImageKeys
 from metaformer_jax.models.normalization import STATISTICS
 
-# What the backward pass computes anew of a block, in place of keeping it. What norms divide by and
-# subtract, two numbers a token, is kept by all.
+# What the backward pass recomputes of a block instead of keeping it. The means and variances of
+# norms, two numbers per token, are always kept.
 REMAT = (
     # Nothing.
     "none",
-    # The second half, MLP and norm, from its input.
+    # The second half, norm and MLP, from its input.
     "mlp",
-    # All but the results of linear layers, depthwise convolutions and attention.
+    # Everything but the results of linear layers, depthwise convolutions and attention.
     "products",
-    # All of it.
+    # The whole block.
     "block",
 )
-# In place of one of these: the fastest, by the estimate of the compiler for TPUs.
+# Chooses among them: the fastest on the platform, by the estimate of the compiler for TPUs.
 AUTO = "auto"
 
 
 def remat_name(remat: str | bool) -> str:
-    """The name in `REMAT`, or `AUTO`; True means "block", False "none".
+    """The name in `REMAT`, or `AUTO`, for the argument `remat`: True means "block", False "none".
 
     Raises:
         ValueError: there is no such name.
@@ -45,7 +45,7 @@ def remat_name(remat: str | bool) -> str:
 
 
 def remat_here(remat: str | bool) -> str:
-    """The name in `REMAT` for what is traced now: `AUTO` is "mlp" for TPUs, and elsewhere "none".
+    """The name in `REMAT` for the current platform: `AUTO` is "mlp" on TPUs and "none" elsewhere.
 
     Raises:
         ValueError: there is no such name.
@@ -62,22 +62,21 @@ def run_blocks(
     remat: str = "none",
     scan: int = 0,
 ) -> Float[Array, "b h w c"]:
-    """One block after the other.
+    """Applies one block after the other.
 
     Args:
         blocks: of one stage.
-        x: the first one's input.
-        rngs: as of the model; `nnx.Rngs` count in a variable, which neither a loop nor `remat` lets
-            change: with these it must be `ImageKeys` where it is not None.
+        x: the input of the first block.
+        rngs: as for the model. With a loop or `remat` this must be `ImageKeys` or None, because
+            `nnx.Rngs` count in a variable, which neither of them allows to change.
         remat: one of `REMAT`.
-        scan: blocks in each round of a loop; 0 writes all blocks out. The parameters of a loop's
-            blocks are stacked when it starts and are outside it as they ever were. Blocks whose
-            masks would come from streams of their own, and neighbours that are not built alike,
-            are written out.
+        scan: blocks in each iteration of a loop; 0 for no loop. The parameters of the blocks are
+            stacked when the loop starts; outside the loop they keep their form. Blocks that draw
+            masks from their own streams, and neighbours that are not built alike, are not looped.
     """
     for _, group in itertools.groupby(blocks, key=_description):
         alike = list(group)
-        # As they stay from block to block, kept or not.
+        # Folded once: the form stays the same from block to block.
         rows, width = alike[0].fold(x), x.shape[2]
         if scan and len(alike) > scan and _may_loop(alike, rngs):
             keys = rngs if isinstance(rngs, ImageKeys) else None
@@ -98,7 +97,7 @@ def _rematted(
     *,
     in_loop: bool = False,
 ) -> Callable[..., Any]:
-    # A compiler would see through what is computed twice, but for loops, which it leaves alone.
+    # Outside loops the compiler would otherwise merge the recomputation with the first computation.
     kept = (STATISTICS, PRODUCT) if remat == "products" else (STATISTICS,)
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
     checkpoint = functools.partial(jax.checkpoint, prevent_cse=not in_loop, policy=policy)
@@ -110,7 +109,7 @@ def _rematted(
 
 
 def _description(block: Any) -> Any:
-    """All that a loop's blocks must have in common: everything but values and rates."""
+    """What the blocks of a loop must have in common: everything but parameter values and rates."""
     parts = []
     for path, part in nnx.iter_modules(block):
         static = {
@@ -130,7 +129,7 @@ def _dropouts(block: Any) -> list[Dropout]:
 
 
 def drops(block: Any) -> bool:
-    """Whether anything in the block drops what it is given, which takes keys."""
+    """Whether the block has active dropout or stochastic depth, and so needs random keys."""
     return any(
         isinstance(part, nnx.Dropout) and not part.deterministic
         for _, part in nnx.iter_modules(block)
@@ -142,7 +141,7 @@ def _may_loop(blocks: Sequence[Any], rngs: nnx.Rngs | ImageKeys | None) -> bool:
 
 
 def _own_keys(block: Any, num_images: Any) -> ImageKeys | None:
-    """Keys from a block's own streams, which cannot count inside what is computed anew."""
+    """Keys from a block's own streams, drawn here because these cannot count inside `remat`."""
     streams = (part.rngs for part in _dropouts(block) if not part.deterministic)
     stream = next((stream for stream in streams if stream is not None), None)
     return None if stream is None else ImageKeys(jax.random.split(stream(), num_images))
@@ -156,11 +155,11 @@ def _looped(
     remat: str,
     scan: int,
 ) -> Array:
-    # Masks come from the keys given: the blocks' own streams of keys are not used, nor stacked.
+    # Masks come from the given keys: the blocks' own random streams are neither used nor stacked.
     split: Any = nnx.split(blocks[0], nnx.Not(nnx.RngState), ...)
     graphdef, _, streams = split
     states = [nnx.state(block, nnx.Not(nnx.RngState)) for block in blocks]
-    # What the blocks differ in beside their values: rates, and places in the order of the keys.
+    # Besides parameters, the blocks differ in their rates and in their place in the order of keys.
     rates = np.array([[part.rate for part in _dropouts(block)] for block in blocks], np.float64)
     keep_probs = jnp.asarray(1 - rates, jnp.float32)
     num_draws: Any = 0

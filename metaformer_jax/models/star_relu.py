@@ -1,6 +1,6 @@
-"""StarReLU, and what follows it, with backward passes that keep the activation's input alone.
+"""StarReLU and the layer after it, with backward passes that keep only the activation's input.
 
-On GPUs they keep its positive part, or with a linear layer's product its squares too.
+On GPUs they keep its positive part, and before a linear layer possibly its squares as well.
 """
 
 import functools
@@ -33,20 +33,20 @@ class StarReLU(nnx.Module):
 
 
 class AfterStarReLU(Protocol):
-    """A layer that knows how to follow a StarReLU."""
+    """A layer that can be applied together with a StarReLU before it."""
 
     def __call__(self, x: Array) -> Array: ...
 
     def after_star_relu(self, x: Array, scale: Array, bias: Array) -> Array:
-        """What the layer makes of the StarReLU of `x`, which has this scale and bias."""
+        """The layer applied to the StarReLU, with this scale and bias, of `x`."""
 
 
 def activate_and_apply(activation: Any, layer: Any, x: Float[Array, "*b c"]) -> Array:
     """`layer(activation(x))`.
 
-    Of a StarReLU before a layer that knows it (`AfterStarReLU`) the backward pass keeps `x` alone
-    and makes the activation anew. What autodiff would keep, the squares and the activation, is
-    twice as much memory again, which takes longer to fill than the activation to compute.
+    For a StarReLU before a layer that supports it (`AfterStarReLU`), the backward pass keeps only
+    `x` and recomputes the activation. Autodiff would also keep the squares and the activation,
+    which is two more arrays; filling them takes longer than computing the activation again.
     """
     if type(activation) is StarReLU and hasattr(layer, "after_star_relu"):
         return layer.after_star_relu(x, activation.scale[...], activation.bias[...])
@@ -55,7 +55,7 @@ def activate_and_apply(activation: Any, layer: Any, x: Float[Array, "*b c"]) -> 
 
 def squared_relu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """`relu(x) ** 2` (https://arxiv.org/abs/2109.08668)."""
-    # Written as a maximum, XLA for CPUs fills an array with zeros to compare with.
+    # Not a maximum, for which XLA for CPUs would fill an array with zeros to compare with.
     return jnp.where(x <= 0, 0, jnp.square(x))
 
 
@@ -118,8 +118,8 @@ def _matmul_backward(
         cuda=_gradients_of_squares,
         default=_gradients_of_activated,
     )
-    # The product is linear in the squares and in the bias: what is known of it for each of them
-    # makes the sums over all activations, for scale and bias, sums over the kernel.
+    # The product is linear in the squares and in the bias, so the gradients of scale and bias are
+    # sums over the kernel instead of sums over all activations.
     of_ones = jnp.sum(cotangent, tuple(range(cotangent.ndim - 1)), dtype=scale.dtype)
     scale, of_squares = promoted(scale, of_squares)
     by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
@@ -148,8 +148,8 @@ def _gradients_of_activated(
 def _multiply_squares(x: Array, scale: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
     """`_multiply_activated` for GPUs: scale and bias are applied to the kernel.
 
-    What is left of the activation the product before it does when it writes its result, down to the
-    maximum, and the backward pass finds the squares again.
+    The maximum, which is left of the activation, is fused into the product before it, and the
+    backward pass can use the squares again.
     """
     positive, wide = jnp.maximum(_by_token(x), 0), kernel.astype(scale.dtype)
     product = jnp.square(positive) @ (scale * wide).astype(kernel.dtype)
@@ -238,7 +238,7 @@ def _parameter_gradients(
     of_squares: Array, scale: Array, bias: Array, kernel: Array, cotangent: Array
 ) -> tuple[Array, Array, Array]:
     """Those of scale, bias and kernel, from that of a kernel over the squares."""
-    # As in a matrix product; of ones, each tap sums what it reaches inside the image.
+    # As in a matrix product; for ones as input, each tap sums what it reaches inside the image.
     (kh, kw, _), (h, w) = kernel.shape, cotangent.shape[1:3]
     of_ones = jnp.einsum(
         "ih,hwc,jw->ijc",
@@ -329,7 +329,7 @@ def _gradients_of_convolved_squares(
 
 
 def _reached(kernel_size: int, size: int) -> Float[np.ndarray, "kernel_size size"]:
-    """One where a tap of a centred kernel, for this output along an axis, is inside the image."""
+    """One where a tap of a centred kernel, for an output along an axis, is inside the image."""
     inputs = np.arange(kernel_size)[:, None] - kernel_size // 2 + np.arange(size)
     return ((inputs >= 0) & (inputs < size)).astype(np.float32)
 
@@ -337,7 +337,7 @@ def _reached(kernel_size: int, size: int) -> Float[np.ndarray, "kernel_size size
 def _sum_over_batch(x: Float[Array, "b *c"], dtype: Any) -> Float[Array, "*c"]:
     return lax.platform_dependent(
         x,
-        # Its sums over the first axis alone take XLA for CPUs twenty times as long.
+        # XLA for CPUs takes twenty times as long for a plain sum over the first axis.
         cpu=lambda x: jnp.tensordot(
             jnp.ones(x.shape[0], x.dtype), x, 1, preferred_element_type=dtype
         ),
@@ -346,8 +346,8 @@ def _sum_over_batch(x: Float[Array, "b *c"], dtype: Any) -> Float[Array, "*c"]:
 
 
 def _positive(x: Array, cotangent: Array) -> Array:
-    # Its square is that of `squared_relu` written in another way: the same term in both passes XLA
-    # for CPUs would compute once and keep.
+    # Not written as in `squared_relu`: if both passes had the same term, XLA for CPUs would compute
+    # it once and keep it.
     return jnp.where((kept := run_after(x, cotangent)) <= 0, 0, kept)
 
 

@@ -1,6 +1,6 @@
-"""What our kernels for NVIDIA's GPUs have in common: Pallas, compiled by Triton.
+"""The common part of the kernels for NVIDIA GPUs, which are written in Pallas for Triton.
 
-Where JAX has no such compiler (it is to be removed some day) XLA's own forms are used.
+If JAX has no Triton compiler (it is to be removed some day), XLA's own operations are used.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ except ImportError:
     triton = None  # type: ignore[assignment]
 
 THREADS = 128
-# Places in an array are 32 bits wide.
+# Indices into an array have 32 bits.
 _MOST_NUMBERS = 2**31 - 1
 
 
@@ -27,24 +27,24 @@ _is_allowed = jax.make_user_context(True)
 
 
 def without_kernels() -> contextlib.AbstractContextManager[None]:
-    """In this context (`with`) models are compiled to XLA's own forms on GPUs as well.
+    """A context (`with`) in which models use XLA's own operations on GPUs, and no custom kernels.
 
-    For programs that are exported, or that XLA is to divide among several GPUs by itself: it knows
-    how to for its own forms alone. cuDNN's attention counts as a kernel here.
+    For programs that are exported, or that XLA partitions among several GPUs by itself, which it
+    can do for its own operations only. cuDNN's attention counts as a kernel here.
     """
     return _is_allowed(False)
 
 
 def has_kernels(*arrays: Array) -> bool:
-    """Whether arrays of such dtypes and sizes have kernels on this process's GPUs.
+    """Whether there are kernels for arrays of such dtypes and sizes on this process's GPUs.
 
-    They are traced where they might run alone: without a GPU nothing waits for them.
+    Kernels are traced only if they might run: without a GPU they cost no tracing time.
     """
     return _is_allowed.value and _is_compiled_here() and all(map(_is_supported, arrays))
 
 
 def _is_supported(array: Any) -> bool:
-    # Sizes that are not known before a program runs are for exported ones.
+    # In exported programs a size may be unknown.
     is_known = all(isinstance(side, int) for side in array.shape)
     is_short = array.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
     return is_short and is_known and 0 < array.size <= _MOST_NUMBERS
@@ -60,7 +60,7 @@ def _is_compiled_here() -> bool:
 
 
 def differentiated_as(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, a function of arrays, with the gradients of `plain`, which gives the same."""
+    """`kernel`, a function of arrays, with the gradients of `plain`, which computes the same."""
     function = jax.custom_vjp(kernel)
     function.defvjp(
         lambda *arrays: (kernel(*arrays), arrays),
@@ -72,14 +72,14 @@ def differentiated_as(plain: Callable[..., Any], kernel: Callable[..., Any]) -> 
 def call(
     body: functools.partial[None], grid: tuple[int, ...], out: Any, *arrays: Array, interpret: bool
 ) -> Any:
-    """Runs `body` for each place of the grid, with references to whole arrays.
+    """Runs `body` for each point of the grid, with references to whole arrays.
 
     Args:
         body: a partial of the function that names the kernel.
-        grid: the numbers of blocks of threads.
+        grid: the number of thread blocks along each axis.
         out: shape and dtype of the result, or of several.
         arrays: the input.
-        interpret: runs it on any device, slowly.
+        interpret: interprets the kernel, slowly, on any device.
     """
     return pl.pallas_call(
         body,
@@ -98,15 +98,15 @@ def _whole(array: Any) -> pl.BlockSpec:
 
 
 def load(part: Any, is_inside: Array) -> Float[Array, "..."]:
-    """These numbers of an array as float32, zero where they are not inside."""
+    """Loads values as float32, with zeros where they are not inside the array."""
     return triton.load(part, mask=is_inside, other=0).astype(jnp.float32)
 
 
 def store(part: Any, values: Array, is_inside: Array) -> None:
-    """The opposite."""
+    """Stores values in the array's dtype, where they are inside the array."""
     triton.store(part, values.astype(part.dtype), mask=is_inside)
 
 
 def power_of_two(number: int) -> int:
-    """The least that is not below: all sizes of blocks are such."""
+    """The smallest power of two that is not below `number`; block sizes must be such."""
     return 1 << (number - 1).bit_length()

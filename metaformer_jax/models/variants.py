@@ -38,7 +38,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What models of one family share: a mixer per stage, norm and head; and their sizes."""
+    """What the models of a family share (mixer per stage, norm, head), and their sizes."""
 
     token_mixers: tuple[TokenMixerFn, ...]
     norm: NormFn
@@ -46,7 +46,7 @@ class Family:
     sizes: Mapping[str, Size]
 
     def spec(self, *, depths: tuple[int, ...], dims: tuple[int, ...]) -> MetaFormerSpec:
-        """The specification of a member of the family, of a published size or one's own."""
+        """The specification of a model of this family, of a published size or any other."""
         return MetaFormerSpec(
             depths=depths,
             dims=dims,
@@ -92,7 +92,7 @@ FAMILIES: dict[str, Family] = {
 
 @dataclasses.dataclass(frozen=True)
 class Tag:
-    """What sets the checkpoints of one architecture apart."""
+    """What distinguishes the checkpoints of one architecture."""
 
     image_size: int
     num_classes: int
@@ -161,7 +161,7 @@ _PARAMS_AND_MACS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "caformer_b36": ((99,), (23.2, 72.2)),
 }
 
-# Another spelling in the publication's own table.
+# Another spelling, which the publication's own table has.
 _ALIASES = {"convformer_b36_384_in21kft1k": "convformer_b36_384_in21ft1k"}
 
 
@@ -171,19 +171,19 @@ class ModelInfo:
 
     Attributes:
         name: the published name.
-        architecture: family and size, "caformer_s18"; models that share it differ in weights,
-            resolution and classes only.
+        architecture: family and size, such as "caformer_s18". Models with the same architecture
+            differ only in weights, resolution and classes.
         image_size: height and width in pixels.
         num_classes: classes of the head.
-        crop_pct: share of the resized image's side that evaluation crops.
-        interpolation: filter that evaluation resizes with.
-        mean: per channel, subtracted from images in [0, 1].
-        std: per channel, by which they are divided then.
+        crop_pct: fraction of the resized image's short side that the evaluation crop takes.
+        interpolation: filter with which evaluation resizes.
+        mean: per channel, subtracted from images scaled to [0, 1].
+        std: per channel, by which the result is divided.
         published_top1: ImageNet-1K accuracy in percent; None for ImageNet-21K checkpoints.
         published_params_millions: trained parameters.
-        published_frozen_params_millions: frozen ones, where the table gives them.
+        published_frozen_params_millions: frozen parameters, where the table gives them.
         published_gmacs: billions of multiply-adds per image.
-        url: the original PyTorch checkpoint.
+        url: of the original PyTorch checkpoint.
     """
 
     name: str
@@ -236,7 +236,7 @@ _MODELS = _published_models()
 
 
 def list_models(pattern: str | None = None) -> list[str]:
-    """The published names, family by family, or those that match a shell pattern.
+    """The published names, family by family; with a pattern, those that match it (as in a shell).
 
     Examples:
         >>> list_models("caformer_b36*384*")
@@ -253,7 +253,7 @@ def model_info(name: str) -> ModelInfo:
         384
 
     Raises:
-        ValueError: no published model has this name; the message offers the closest ones.
+        ValueError: no published model has this name; the message suggests similar ones.
     """
     name = _ALIASES.get(name, name)
     if name not in _MODELS:
@@ -266,7 +266,7 @@ def model_info(name: str) -> ModelInfo:
 
 
 def model_spec(name: str) -> MetaFormerSpec:
-    """The specification of a published model, to look at or to change.
+    """The specification of a published model, to inspect or to modify.
 
     Example:
         ConvFormer-S18 with 5x5 kernels::
@@ -300,19 +300,19 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: classes of the head, by default as published; 0 gives the pooled feature.
+        num_classes: classes of the head, by default as published; 0 for no head.
         in_channels: channels of the images.
         image_size: pixels per side, or (height, width), by default as published. Only RandFormer
-            depends on it: its mixing matrices belong to one image size.
+            depends on it: its mixing matrices fit one image size.
         drop_path_rate: stochastic depth of the last block.
-        head_dropout: dropout in the head.
-        dtype: compute dtype; parameters are float32 always.
-        remat: trade time for memory in the backward pass, see `MetaFormer`.
-        scan: trade time for a shorter compilation, see `MetaFormer`.
-        rngs: randomness of the initial values and of the two rates.
+        head_dropout: dropout rate in the head.
+        dtype: compute dtype; parameters are always float32.
+        remat: trades time for memory in the backward pass, see `MetaFormer`.
+        scan: trades time for a shorter compilation, see `MetaFormer`.
+        rngs: random keys for the initial values and the masks, see `MetaFormer`.
 
     Raises:
-        ValueError: an unknown name, or a number out of range.
+        ValueError: the name is unknown, or a number is out of range.
     """
     info = model_info(name)
     return MetaFormer(

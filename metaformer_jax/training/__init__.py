@@ -1,1 +1,1 @@
-"""Training: the recipe, the step, the run. Takes models and data as arguments."""
+"""Training: recipes, the training step, and the training program around it."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, complete or not there at all."""
+"""Checkpoints of a run, written in the background: each is complete, or does not exist."""
 
 import asyncio
 import contextlib
@@ -25,19 +25,19 @@ class SaveError(RuntimeError):
 
 
 class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A folder in the making, which takes its name when the checksums of its files are written."""
+    """A temporary folder, which gets its final name once its files' checksums are written."""
 
     async def finalize(self) -> None:
-        # The folders of a step's items are finished by the same class; they are in the step's.
+        # This class also finishes the folders of single items, inside that of their step.
         if (self.get() / ORBAX_STEP_FILES[0]).exists():
             await asyncio.to_thread(write_checksums, self.get(), without=ORBAX_STEP_FILES)
         await super().finalize()
 
 
 class _Best:
-    """Keeps the one with the highest accuracy of those that are known when another is saved.
+    """Keeps the checkpoint with the highest accuracy known when another one is saved.
 
-    Orbax's own policy asks for the metrics at the save, and has no way to add them afterwards.
+    Orbax's own policy needs the metrics when a checkpoint is saved; they cannot be added later.
     """
 
     def __init__(self) -> None:
@@ -59,12 +59,12 @@ class _Best:
 class Checkpoints:
     """The checkpoints of one run, one folder per step, with Orbax.
 
-    A checkpoint holds the state, the config and the versions of the packages, and checksums of all
-    that. It appears under its name only when all of it is written.
+    A checkpoint holds the state, the config, the versions of packages, and checksums of all of
+    these. It gets its final name only when it is completely written.
 
     Args:
-        directory: where they live; made if it is not there.
-        keep: how many of the latest stay; the best of those `evaluated` stays besides.
+        directory: of all checkpoints; created if it does not exist.
+        keep: how many of the latest are kept, in addition to the best of those `evaluated`.
     """
 
     def __init__(self, directory: pathlib.Path, *, keep: int):
@@ -78,7 +78,7 @@ class Checkpoints:
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
-                # What a killed run had half written.
+                # Removes what a killed run had written in part.
                 cleanup_tmp_directories=True,
                 temporary_path_class=_Checksummed,
             ),
@@ -101,12 +101,12 @@ class Checkpoints:
         pending: list[dict[str, float]],
         config: ml_collections.ConfigDict,
     ) -> None:
-        """Starts to write a checkpoint; errors of the one before surface here.
+        """Starts to write a checkpoint; errors in writing the one before are raised here.
 
         Args:
             state: all arrays.
-            pending: figures of steps that no row of metrics holds yet.
-            config: the run's.
+            pending: figures of steps that are not yet in a row of the metrics.
+            config: of the run.
 
         Raises:
             SaveError: this one cannot be written, or the one before could not.
@@ -120,28 +120,28 @@ class Checkpoints:
                     pending=ocp.args.JsonSave({"steps": pending}),
                     about=ocp.args.JsonSave(about),
                 ),
-                # Whoever asks has decided when.
+                # The caller decides when to save.
                 force=True,
             )
 
     def evaluated(self, step: int, accuracy: float) -> None:
-        """Tells of a checkpoint, saved now or in an earlier start of the run, how good it is."""
+        """Records the accuracy of a checkpoint, saved in this or an earlier start of the run."""
         self._best.accuracies[step] = accuracy
 
     def wait(self) -> None:
-        """Until all is written.
+        """Waits until everything is written.
 
         Raises:
-            SaveError: it could not be.
+            SaveError: a checkpoint could not be written.
         """
         with _explained():
             self._manager.wait_until_finished()
 
     def restore(self, abstract_state: TrainState, config: ml_collections.ConfigDict) -> TrainState:
-        """The newest checkpoint, laid out as `abstract_state` wants it.
+        """The newest checkpoint, with the shardings of `abstract_state`.
 
         Raises:
-            ValueError: it holds something else, or is damaged.
+            ValueError: it has other arrays, or is damaged.
         """
         step = self.latest_step()
         try:
@@ -149,7 +149,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(vars(abstract_state))),
             )
-        # Orbax tells whole trees, and damage shows in any layer below it.
+        # Orbax's own message prints whole trees, and damage can raise errors in any layer below it.
         except Exception as error:
             raise ValueError(self._why_not(step, config, error)) from error
         return TrainState(**restored["state"])
@@ -177,7 +177,7 @@ class Checkpoints:
         )
 
     def pending_metrics(self) -> list[dict[str, float]]:
-        """What was `pending` when the newest checkpoint was saved; [] without one."""
+        """The `pending` figures saved with the newest checkpoint; [] without a checkpoint."""
         step = self.latest_step()
         if step is None:
             return []
@@ -188,16 +188,16 @@ class Checkpoints:
 
 
 def set_aside_damaged(directory: pathlib.Path) -> list[str]:
-    """Moves the newest checkpoints out of the way that are not whole any more.
+    """Moves damaged checkpoints that are newer than the newest intact one out of the way.
 
     Args:
-        directory: of the checkpoints; they move to `damaged` beside it.
+        directory: of the checkpoints; damaged ones are moved to `damaged` beside it.
 
     Returns:
-        A sentence for each.
+        A sentence about each of them.
 
     Raises:
-        ValueError: none is whole; nothing was moved.
+        ValueError: no checkpoint is intact; nothing was moved.
     """
     newest, damaged = newest_whole(directory)
     if damaged and newest is None:

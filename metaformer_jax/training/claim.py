@@ -1,4 +1,4 @@
-"""A workdir belongs to one config, at any time to one run, and to all processes of that run."""
+"""Makes sure that a workdir is used by one config, one run at a time, and all its processes."""
 
 import contextlib
 import datetime
@@ -27,14 +27,14 @@ except ImportError:  # Windows, where nothing keeps two runs apart.
     fcntl = None  # type: ignore[assignment]
 
 _LOCK_NAME = "run.lock"
-# For what one host writes to show on another.
+# How long a file that one host writes may take to show on another.
 _SHOWS_AFTER_SECONDS = 5
 _MAX_HOST_BYTES = 64
 _MAX_NAMED = 5
 
 
 class UnsharedWorkdirError(ValueError):
-    """The processes of a run have different workdirs; each of them raises it."""
+    """The processes of a run have different workdirs; raised in each of them."""
 
 
 @contextlib.contextmanager
@@ -46,21 +46,22 @@ def claimed_workdir(
     accept_changes: bool = False,
     is_writer: bool = True,
 ) -> Iterator[None]:
-    """Makes the folder, or checks that this config and these classes made the checkpoints in it.
+    """Creates the folder, or checks that its checkpoints fit this config and these classes.
 
-    Within the context no other run can claim it. The system gives it free when the process ends,
-    however that happens.
+    Within the context no other run can claim the folder. The operating system releases the claim
+    when the process ends, however that happens.
 
     Args:
         workdir: the run's folder.
-        config: what the run does.
-        class_names: of its data, by label.
-        accept_changes: another config, or other classes, may have made them.
-        is_writer: whether this process writes; each one checks the config, and this one locks.
+        config: of the run.
+        class_names: of the data, by label.
+        accept_changes: whether the checkpoints may have been made by another config or with other
+            class names.
+        is_writer: whether this process writes; all processes check the config, the writer locks.
 
     Raises:
-        ValueError: another config or other classes made them, and `accept_changes` is not set;
-            another run is using it; or it cannot be written to.
+        ValueError: the checkpoints were made by another config or with other class names, and
+            `accept_changes` is not set; another run uses the folder; or it cannot be written to.
     """
     with contextlib.ExitStack() as lock:
         try:
@@ -82,9 +83,9 @@ def claimed_workdir(
 def describe(
     workdir: pathlib.Path, config: ml_collections.ConfigDict, class_names: tuple[str, ...]
 ) -> None:
-    """Notes what the checkpoints to come are made by: the config, and the classes by label.
+    """Writes the config and the class names to the workdir, for later starts to compare with.
 
-    To be called when the training is about to begin: a start that fails leaves what it found.
+    To be called just before the first step, so that a failed start changes nothing.
     """
     for name, content in ((CLASS_NAMES, class_names), (CONFIG, settings.as_json(config))):
         path = workdir / name
@@ -94,17 +95,17 @@ def describe(
 
 
 def check_shared(workdir: pathlib.Path) -> None:
-    """Makes sure that the workdir is one folder for all processes, which meet here.
+    """Makes sure that the workdir is one folder for all processes; all of them must call this.
 
-    Where it is not, each would wait for ever for what the others write of the first checkpoint.
+    Otherwise each process would wait forever for the others' parts of the first checkpoint.
 
     Raises:
-        UnsharedWorkdirError: on all of them, where one does not see what the first one writes.
+        UnsharedWorkdirError: in all of them, if one does not see what the first one writes.
     """
     if jax.process_count() == 1:
         return
     drawn = np.frombuffer(secrets.token_bytes(8), np.uint32)
-    # A name that nobody has looked for: no host remembers it, or that it was not there.
+    # A new name: no host's cache can know it, or know that it did not exist.
     path = workdir / f"run-{multihost_utils.broadcast_one_to_all(drawn).tobytes().hex()}.token"
     with contextlib.ExitStack() as clearing_up:
         if is_first_process():
@@ -133,7 +134,7 @@ def check_shared(workdir: pathlib.Path) -> None:
 def _shows(path: pathlib.Path) -> bool:
     until = time.monotonic() + _SHOWS_AFTER_SECONDS
     while True:
-        # Network file systems answer from what they remember; to list and to open asks the server.
+        # Network file systems answer from a cache; listing and opening ask the server.
         with contextlib.suppress(OSError):
             os.listdir(path.parent)
             with path.open("rb"):
@@ -146,7 +147,7 @@ def _shows(path: pathlib.Path) -> bool:
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[None]:
     path = workdir / _LOCK_NAME
-    # Not opened for writing as usual: that would empty what the other run has written.
+    # Not opened with "w", which would erase what another run has written.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if fcntl is not None:

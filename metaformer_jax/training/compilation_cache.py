@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that a second start need not compile again."""
+"""Keeps compiled programs on disk, so that the next start need not compile again."""
 
 import contextlib
 import os
@@ -13,23 +13,24 @@ from metaformer_jax.weights.hub import cache_folder
 
 # The least recently used are deleted beyond this.
 _MAX_BYTES = 4 * 2**30
-# Programs that compile faster are not worth a file.
+# Programs that compile faster than this are not worth a file.
 _MIN_SECONDS = 0.3
-# Of those who read and write there; JAX waits as long.
+# How long to wait for another process's lock; JAX waits as long.
 _LOCK_SECONDS = 10
 
 
 def keep_compiled_programs(*, enabled: bool = True) -> pathlib.Path | None:
-    """Turns JAX's persistent compilation cache on, in the folder that weights are cached in.
+    """Turns on JAX's persistent compilation cache, in the folder that weights are cached in.
 
-    Several processes may share it. A folder that the user names, `$JAX_COMPILATION_CACHE_DIR`,
-    comes first; one that cannot be written to is done without, until a run has another.
+    Several programs may share it. If the user names a folder by `$JAX_COMPILATION_CACHE_DIR`, that
+    one is used. If the default folder cannot be written to, no cache is used until
+    `share_compiled_programs` sets another folder.
 
     Args:
         enabled: False turns the cache off, wherever it would be.
 
     Returns:
-        The folder; None where no cache is used.
+        The folder; None if no cache is used.
     """
     if not enabled:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -45,18 +46,18 @@ def keep_compiled_programs(*, enabled: bool = True) -> pathlib.Path | None:
 
 
 def share_compiled_programs(folder: pathlib.Path) -> str:
-    """Moves what `keep_compiled_programs` turned on to where all processes of a run see it.
+    """Moves the cache to a folder that all processes of a run see.
 
-    Of several processes JAX lets the first alone write what it compiles. The others, on hosts of
-    their own, would look for it in folders that stay empty, and compile at every start. Alone,
-    nothing is changed unless the folder of before cannot be written to; and nothing where the user
-    chose.
+    With several processes, JAX lets only the first one write what it compiles. The others, on other
+    hosts, would look for programs in folders that stay empty, and compile at every start. With a
+    single process nothing changes unless the default folder cannot be written to. A folder or
+    setting that the user chose is never changed.
 
     Args:
         folder: seen by all processes of the run.
 
     Returns:
-        A sentence where the folder of before cannot be written to; otherwise nothing.
+        A sentence for the user if the default folder cannot be written to; otherwise "".
     """
     before, default = jax.config.values["jax_compilation_cache_dir"], _default_folder()
     is_enabled = jax.config.values["jax_enable_compilation_cache"]
@@ -70,10 +71,10 @@ def share_compiled_programs(folder: pathlib.Path) -> str:
             return f"compiled programs are not kept: {neither}." if is_unwritable else ""
         _prepare(folder)
     else:
-        # Those who only read delete nothing, and need not wait for each other.
+        # Processes that only read delete nothing, and need not wait for each other.
         _set_unless_chosen("jax_compilation_cache_max_size", -1)
     compilation_cache.reset_cache()
-    # By the same name from wherever it is called: that is a part of what programs are found by.
+    # Absolute, so that it does not depend on the current folder: the path is part of JAX's keys.
     compilation_cache.set_cache_dir(str(folder.absolute()))
     if not is_unwritable:
         return ""
@@ -87,7 +88,7 @@ def _default_folder() -> pathlib.Path:
 def _can_be_written(folder: pathlib.Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell of a disk that is full or read-only.
+        # Permissions do not show whether a disk is full or read-only.
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:
@@ -101,16 +102,16 @@ def _prepare(folder: pathlib.Path) -> None:
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
-    """Removes what a process that was killed had begun to write.
+    """Removes programs that a killed process had written in part.
 
-    JAX can neither read it nor writes it again, nor anything else once it counts the folder's
-    bytes. Where these have a limit, a second file, written after the program's, tells of its last
-    use; what has none was not finished.
+    JAX can neither read such a file nor replace it, and if the size of the folder is limited, it
+    cannot write any other program either. With a limit, JAX writes a second file after that of the
+    program, for the time of its last use: a program without this file was not finished.
     """
     if jax.config.values["jax_compilation_cache_max_size"] == -1:
         return
-    # Where a file system has no locks, or another process keeps this one, JAX has no better luck
-    # with it, and says so.
+    # If the file system has no locks, or another process holds this one, JAX will fail too, and
+    # report it.
     with (
         contextlib.suppress(OSError, NotImplementedError),
         filelock.FileLock(folder / ".lockfile", timeout=_LOCK_SECONDS),

@@ -1,4 +1,4 @@
-"""Compiles a config's training step for devices that need not be there, and tells what it takes."""
+"""Compiles a config's training step for devices that need not be present, and reports its cost."""
 
 import dataclasses
 import functools
@@ -25,42 +25,41 @@ from metaformer_jax.training.run import Run
 from metaformer_jax.training.topology import topology_devices
 from metaformer_jax.weights.outputs import check_can_be_written
 
-# Batches are searched in steps of so many images on a device, or of whole mixing groups.
+# The largest batch is searched in steps of this many images per device, or of whole mixing groups.
 _STEP = 8
-# Forward, and gradients of inputs and parameters; a multiply-add is two.
-_FLOPS_PER_MAC = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What one compilation tells; per device where it says so, None where it is not known.
+    """The figures of one compilation; None for what is not known.
 
     Attributes:
         topology: "v5e:4x4", or "this machine".
         device_kind: as JAX names it.
         num_devices: of the mesh.
-        mesh: devices along each axis.
-        batch_size: images of a step, on all devices.
-        remat: what the backward pass computes anew, as it was compiled.
-        trace_seconds: from Python to the compiler's input.
-        compile_seconds: of the compiler.
-        compile_cpu_seconds: of all its threads, which other work on the machine does not change.
-        memory: bytes per device; None where the compiler refused, or does not tell.
-        memory_limit: bytes of a device that a program can have.
-        refusal: the compiler's words where it found no room.
-        flops: of a device and step, as the compiler counts them: loops once.
-        model_flops: of a device and step, from the model's multiply-adds, nothing counted twice.
-        collectives: what crosses devices in a step.
+        mesh: number of devices along each axis.
+        batch_size: images of a step, over all devices.
+        remat: which part of each block the compiled backward pass recomputes.
+        trace_seconds: time from Python to the compiler's input.
+        compile_seconds: time of the compiler.
+        compile_cpu_seconds: processor time of all its threads, which does not depend on other work
+            on the machine.
+        memory: bytes per device; None if the compiler refused, or does not report them.
+        memory_limit: bytes per device that a program may use.
+        refusal: the compiler's message if there was not enough memory.
+        flops: per device and step, as the compiler counts them: each loop once.
+        model_flops: per device and step, from the model's multiply-adds, without recomputation.
+        collectives: the communication between devices in a step.
         cycles: the compiler's estimate for a step on one device.
-        num_unknown_loops: loops of which one round is in `cycles`.
-        step_seconds: `cycles` by the clock, and the bytes sent by the links' bandwidth after it.
-        collective_seconds: the latter part.
+        num_unknown_loops: loops of which only one iteration is in `cycles`.
+        step_seconds: `cycles` over the clock rate, plus the bytes sent over the links' bandwidth.
+        collective_seconds: the latter part of it.
         images_per_second: of all devices.
-        utilization: `model_flops` in that time, of the peak.
+        utilization: `model_flops` in that time, as a fraction of the peak.
         total_steps: of the whole run.
-        hours: for all of them.
-        largest_batch: the most images on a device that fit, see `memory.largest_that_fits`.
-        assumptions: what was taken for granted.
+        hours: of the whole run.
+        largest_batch: the most images per device that fit, see `memory.largest_that_fits`.
+        assumptions: on which the figures rest.
     """
 
     topology: str
@@ -91,7 +90,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has the memory."""
+        """Whether the step fits into the memory of a device."""
         if self.refusal is not None:
             return False
         if self.memory is None or self.memory_limit is None:
@@ -100,11 +99,11 @@ class Estimate:
 
     @property
     def sent_bytes(self) -> float:
-        """What a device sends in a step, at the least."""
+        """The bytes that a device sends in a step, at least."""
         return sum(collective.sent_bytes for collective in self.collectives)
 
     def as_json(self) -> dict[str, object]:
-        """All fields, and what follows from them."""
+        """All fields and properties."""
         return dataclasses.asdict(self) | {
             "fits": self.fits,
             "memory_total": self.memory.total if self.memory else None,
@@ -114,7 +113,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class _Compiled:
-    """One compilation: the program's text and figures, or why there is none."""
+    """One compilation: the program and its figures, or why there is none."""
 
     run: Run
     trace_seconds: float
@@ -137,31 +136,32 @@ def compile_training(
     output: pathlib.Path | None = None,
     console: Console | None = None,
 ) -> list[Estimate]:
-    """Compiles the training step and prints what it takes: memory, time, what crosses devices.
+    """Compiles the training step and prints its memory, estimated time and communication.
 
-    Neither the devices nor the data need be there; a data set that cannot be opened is assumed.
+    Neither the devices nor the data need to be present; for a data set that cannot be opened, the
+    size of ImageNet is assumed.
 
     Args:
-        config: what would be trained.
-        topologies: TPU slices, `"v5e:4x4"`; none means the devices of this machine. Several give a
-            table of how the step scales.
-        batch_per_device: images on each device, in place of the config's batch.
-        search_largest: compiles a few times more, to tell the largest batch that fits. Not done for
+        config: of the training.
+        topologies: TPU slices, such as `"v5e:4x4"`; empty for the devices of this machine. Several
+            of them also give a table of how the step scales.
+        batch_per_device: images per device, instead of the config's batch size.
+        search_largest: compiles a few times more, to find the largest batch that fits. Not done for
             several topologies.
         output: a JSON file for all figures.
-        console: where it is told.
+        console: where the tables are printed.
 
     Returns:
-        What was found, for each topology.
+        The figures for each topology.
 
     Raises:
         ValueError: the config is wrong, there is no such topology, or the output cannot be written.
-        ImportError: TPUs' compiler is not installed.
+        ImportError: the compiler for TPUs is not installed.
     """
     console = console or Console()
     if output is not None:
         check_can_be_written(output)
-    # All names are looked at before the first is compiled, which takes minutes.
+    # All names are checked before the first compilation, which takes minutes.
     places: list[tuple[str, list[jax.Device]]] = [
         (name, topology_devices(name)) for name in topologies
     ] or [("this machine", jax.devices())]
@@ -192,12 +192,12 @@ def _compiler(
     name: str,
     console: Console,
 ) -> Callable[[float], _Compiled]:
-    """What compiles the step for a number of images on each device."""
+    """A function that compiles the step for a number of images per device."""
     num_devices = len(there)
 
     def compile_batch(batch_per_device: float) -> _Compiled:
         changed = config.copy_and_resolve_references()
-        # A batch that does not divide is refused by the run, in its words.
+        # `Run` refuses a batch that does not divide among the devices.
         changed.batch_size = round(batch_per_device * num_devices)
         if batch_per_device != config.batch_size / num_devices:
             group = math.gcd(config.mixing.group_size, round(batch_per_device))
@@ -249,7 +249,7 @@ def _estimate(
     device = mesh.devices.flat[0]
     chip = devices.chip(device.device_kind)
     batch_per_device = run.config.batch_size / mesh.size
-    model_flops = run.counts.macs * _FLOPS_PER_MAC * batch_per_device
+    model_flops = run.counts.macs * devices.TRAINING_FLOPS_PER_MAC * batch_per_device
     program, flops = None, None
     if compiled.program is not None:
         program = hlo.read_program(compiled.program.as_text() or "", num_devices=mesh.size)
@@ -307,7 +307,7 @@ def _memory_limit(device: jax.Device, chip: devices.Chip | None) -> int | None:
 def _largest(
     compile_batch: Callable[[float], _Compiled], compiled: _Compiled, limit: int
 ) -> int | None:
-    """The most images on a device; a few compilations, of which one may be this."""
+    """The most images per device that fit, by a few compilations; `compiled` counts as one."""
     config = compiled.run.config
     group = config.mixing.group_size if compiled.run.mixes else 1
     unit = math.lcm(_STEP * config.accumulation_steps, group)

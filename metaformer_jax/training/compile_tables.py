@@ -1,4 +1,4 @@
-"""Tables of what a compilation told."""
+"""Tables of the figures of a compilation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNKNOWN = "-"
 
 
 def assumptions(chip: devices.Chip | None, program: hlo.Program | None) -> tuple[str, ...]:
-    """What the time and the memory of an estimate rest on."""
+    """The assumptions behind the time and the memory of an estimate."""
     if program is None:
         return ()
     if chip is None or program.cycles is None:
@@ -39,13 +39,13 @@ def assumptions(chip: devices.Chip | None, program: hlo.Program | None) -> tuple
 def changes(
     compiled: ml_collections.ConfigDict, given: ml_collections.ConfigDict
 ) -> tuple[str, ...]:
-    """What was changed in a config to compile another batch."""
+    """The changes to a config that were made to compile another batch."""
     group, before = compiled.mixing.group_size, given.mixing.group_size
     return (f"mixing.group_size {group} in place of {before}",) if group != before else ()
 
 
 def one(estimate: Estimate, config: ml_collections.ConfigDict) -> Table:
-    """All of one compilation."""
+    """All figures of one compilation."""
     name = config.model.name or config.model.family
     table = Table(
         title=f"{name} on {estimate.num_devices} x {estimate.device_kind} ({estimate.topology})",
@@ -62,7 +62,7 @@ def one(estimate: Estimate, config: ml_collections.ConfigDict) -> Table:
 
 def scaling(estimates: Sequence[Estimate]) -> Table:
     """A row for each topology; efficiency is images/s of a chip against the first that fits."""
-    # It fits the 80 columns of what is no terminal.
+    # It must fit into 80 columns, the width when the output is not a terminal.
     table = Table(
         title="scaling",
         caption="efficiency: images/s of a chip over those of the first row that fits",

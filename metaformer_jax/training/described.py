@@ -1,4 +1,4 @@
-"""Data sets known by their size alone, for programs that never read an example."""
+"""Data sets of which only the size is known, for programs that never read an example."""
 
 from typing import NoReturn
 
@@ -23,23 +23,23 @@ class DescribedSource:
         raise TypeError(f"A described data set must not be read, got index {index}.")
 
     def describe(self, index: int) -> str:
-        """Its number."""
+        """The example's number."""
         return f"example {index}"
 
 
 # Examples for training and for evaluation, and classes.
 _IMAGENET_1K = ("ImageNet-1K", 1_281_167, 50_000, 1000)
-# As the publication gives them (section 4.1); there is no set for evaluation.
+# As in the publication (section 4.1); there is no evaluation set.
 _IMAGENET_21K = ("ImageNet-21K", 14_197_122, 50_000, 21841)
 
 
 def described_sources(
     config: ml_collections.ConfigDict,
 ) -> tuple[tuple[Source, Source], str]:
-    """The config's data sets, or where they cannot be opened what is known of them.
+    """The config's data sets or, if they cannot be opened, the size of ImageNet-1K or 21K.
 
     Returns:
-        Training and evaluation, and what that rests on in words.
+        The sources for training and evaluation, and a sentence about what they are.
     """
     data = config.data
     try:

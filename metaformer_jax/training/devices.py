@@ -1,4 +1,4 @@
-"""What is known of accelerators by name."""
+"""Performance figures of accelerators, by name."""
 
 import dataclasses
 
@@ -18,21 +18,22 @@ _PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-# Forward, and twice as much for the gradients of inputs and of parameters; a multiply-add is two.
-_FLOPS_PER_MAC = 2 * 3
+# Of a training step: a multiply-add is two operations, and the gradients of inputs and parameters
+# take twice the forward pass.
+TRAINING_FLOPS_PER_MAC = 2 * 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What an estimate for a TPU needs.
+    """The figures of a TPU chip on which estimates rest.
 
     Attributes:
-        hbm_bytes: what the compiler lets a program have (libtpu 0.0.42.1, as its errors say): the
-            data sheet's 32, 16, 95 and 32 GiB but for a part.
+        hbm_bytes: the memory that the compiler lets a program use (libtpu 0.0.42.1, according to
+            its error messages): the data sheet's 32, 16, 95 and 32 GiB without a reserved part.
         clock_hz: of the cores. v4: Jouppi et al. 2023 (https://arxiv.org/abs/2304.01433), table 4;
-            v5e: https://jax-ml.github.io/scaling-book/tpus. v5p and v6e are not published: it is
-            what makes the peak of 8 matrix units of 128x128, or of 4 x 256x256 multiply-adds in a
-            cycle, which is what the compiler's estimates come to.
+            v5e: https://jax-ml.github.io/scaling-book/tpus. Those of v5p and v6e are not published:
+            they are derived from the peak, with 8 matrix units of 128x128, or 4 of 256x256,
+            multiply-adds per cycle, which agrees with the compiler's estimates.
         ici_bytes_per_second: sent over all links to other chips together: half of what
             https://cloud.google.com/tpu/docs gives for both directions.
     """
@@ -51,7 +52,7 @@ _CHIPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Of one device, by the name that JAX gives it; None where it is not known.
+    """Peak FLOP/s of one device, by the name that JAX gives it; None if it is not known.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3")
     989000000000000.0
@@ -61,7 +62,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def chip(device_kind: str) -> Chip | None:
-    """Facts of a TPU, by the name that JAX gives it; None of all else.
+    """The figures of a TPU, by the name that JAX gives it; None for any other device.
 
     >>> chip("TPU v5 lite").clock_hz
     1500000000.0
@@ -70,8 +71,9 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def model_flops_utilization(images_per_second: float, macs_per_image: int) -> float | None:
-    """The part of all devices' peak that training uses; None where the peak is not known."""
+    """The fraction of all devices' peak that training uses; None if the peak is not known."""
     peak = peak_flops(jax.devices()[0].device_kind)
     if peak is None:
         return None
-    return images_per_second * macs_per_image * _FLOPS_PER_MAC / (peak * jax.device_count())
+    flops = images_per_second * macs_per_image * TRAINING_FLOPS_PER_MAC
+    return flops / (peak * jax.device_count())

@@ -1,4 +1,4 @@
-"""Joins the processes of a run, on several hosts, before JAX looks for devices."""
+"""Connects the processes of a run, on one or several hosts, before JAX looks for devices."""
 
 import os
 import sys
@@ -6,9 +6,9 @@ from typing import NoReturn
 
 import jax
 
-# Of launchers that start several processes: how many there are.
+# Variables in which launchers give the number of processes.
 _SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-# A process that has not been heard of for so long counts as dead, and JAX ends the others.
+# A process without a heartbeat for this long counts as dead, and JAX ends the others.
 _HEARTBEAT_TIMEOUT_SECONDS = 30
 
 
@@ -19,17 +19,17 @@ def initialize(
     *,
     distributed: bool | None = None,
 ) -> None:
-    """Calls `jax.distributed.initialize` where this is one process of several.
+    """Calls `jax.distributed.initialize` if this is one of several processes.
 
     Args:
-        coordinator_address: host:port of the first process; with it the next two.
-        num_processes: all of them.
-        process_id: this one, from 0.
-        distributed: True finds all that out from the environment (TPU pod, SLURM, Open MPI,
-            Kubernetes); False runs alone; None looks whether the environment speaks of several.
+        coordinator_address: host:port of the first process; requires the next two arguments.
+        num_processes: the number of all processes.
+        process_id: of this process, from 0.
+        distributed: True reads these from the environment (TPU pod, SLURM, Open MPI, Kubernetes);
+            False means a single process; None looks whether the environment describes several.
 
     Raises:
-        ValueError: something is missing, or there is nothing to find out.
+        ValueError: an argument is missing, or the environment does not describe a cluster.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -62,15 +62,15 @@ def initialize(
 
 
 def is_first_process() -> bool:
-    """Whether this is the one of all processes that speaks and writes."""
+    """Whether this is the first of all processes, the only one that prints and writes files."""
     return jax.process_index() == 0
 
 
 def explain(error: jax.errors.JaxRuntimeError) -> str:
-    """What the user can do about an error of the devices or of what joins them.
+    """What the user can do about an error of the devices or of the connection between processes.
 
     Raises:
-        jax.errors.JaxRuntimeError: the same, where nothing is known to do.
+        jax.errors.JaxRuntimeError: the same error, if no remedy is known.
     """
     reason = f"{str(error).strip().splitlines()[0].rstrip('.')}."
     if "RESOURCE_EXHAUSTED" in reason:
@@ -87,11 +87,11 @@ def explain(error: jax.errors.JaxRuntimeError) -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process with an exit code, without waiting for others that may wait for it."""
+    """Ends this process with an exit code, without waiting for the other processes."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        # JAX's own way out waits until all processes take it. These learn of it by the heartbeat.
+        # JAX's own exit waits for all processes, which notice the end only by missing heartbeats.
         os._exit(code)
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Loss and accuracy over every evaluation example, and what was got wrong."""
+"""Loss and accuracy over all evaluation examples, and pictures of the misclassified ones."""
 
 import dataclasses
 import pathlib
@@ -26,17 +26,17 @@ from metaformer_jax.weights.convert import Variables, to_variables
 from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.workdir import newest_step, read_step, saved_steps
 
-# Most of what a picture of misclassified images can show at a readable size.
+# The most misclassified images that a picture can show at a readable size.
 _MAX_PICTURED = 48
 _TOP = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Results over all evaluation examples; the arrays in the order of the source.
+    """Results over all evaluation examples; the arrays are in the order of the source.
 
-    `indices` are places in the source: an example that cannot be read is left out. `ranks` are
-    those of the right class, 0 where the prediction is right.
+    `indices` are positions in the source; examples that cannot be read are left out. `ranks` are
+    the ranks of the labels among the logits, 0 where the prediction is right.
     """
 
     accuracy: float
@@ -49,7 +49,7 @@ class Evaluation:
     indices: np.ndarray
 
     def figures(self) -> dict[str, float]:
-        """The numbers that are logged."""
+        """The figures that are logged."""
         figures = {"accuracy": self.accuracy, "loss": self.loss}
         return figures | {"top5_accuracy": self.top5_accuracy}
 
@@ -78,11 +78,11 @@ def evaluate_state(
     Args:
         run: data, model and devices.
         state: the parameters.
-        console: where a bar shows how far it is; none by default.
-        is_stopped: asked before each batch.
+        console: where a progress bar is shown; none by default.
+        is_stopped: called before each batch; True stops the evaluation.
 
     Raises:
-        StoppedError: it was.
+        StoppedError: the evaluation was stopped.
     """
     num_batches = -(-len(run.eval_source) // run.eval_batch_size)
     with (
@@ -94,7 +94,7 @@ def evaluate_state(
             if is_stopped():
                 raise StoppedError
             outputs.append(run.engine.eval_step(state, batch))
-            # One batch is computed while the next is placed, and no more are held.
+            # One batch is computed while the next is transferred; no more are kept on the devices.
             if len(outputs) > 1:
                 outputs[-2] = jax.device_get(outputs[-2])
             advance()
@@ -119,10 +119,10 @@ def evaluate(
     *,
     console: Console | None = None,
 ) -> Evaluation:
-    """Evaluates the newest checkpoint of a run, or without a workdir the pretrained weights.
+    """Evaluates the newest checkpoint of a run or, without a workdir, the pretrained weights.
 
-    Of a run that keeps a moving average both are evaluated, and the average is returned. The run
-    may go on meanwhile.
+    If the run keeps a moving average, parameters and average are evaluated, and the evaluation of
+    the average is returned. The run may go on at the same time.
 
     Raises:
         ValueError: the config is wrong, the workdir holds no checkpoint, or the weights do not fit.
@@ -156,7 +156,7 @@ def evaluate(
 
 
 def picture_misclassified(run: Run, evaluation: Evaluation, path: pathlib.Path) -> None:
-    """Draws the images that a model got wrong, those first of which it was surest."""
+    """Draws the misclassified images, those with the most confident predictions first."""
     wrong = np.flatnonzero(evaluation.ranks)
     surest_first = wrong[np.argsort(-evaluation.probabilities[wrong], kind="stable")]
     names = run.class_names
@@ -183,7 +183,7 @@ def _read_newest(run: Run, workdir: pathlib.Path) -> tuple[int, dict[str, Variab
         try:
             tensors = read_step(workdir, step)
         except CheckpointError:
-            # A training that goes on deletes it when it has saved another.
+            # The training may have deleted it meanwhile, after saving a newer one.
             if newest_step(workdir) == step:
                 raise
         all_have = np.all(multihost_utils.process_allgather(np.array(tensors is not None)))
@@ -204,7 +204,7 @@ def _pretrained_state(run: Run) -> TrainState:
 
 
 def _state_of(run: Run, variables: Variables) -> TrainState:
-    # Every value is replaced: none is drawn. An evaluation asks for no optimiser.
+    # Every value is replaced, so none is drawn; an evaluation needs no optimiser state.
     zero = jnp.zeros((), jnp.int32)
     undrawn = dataclasses.replace(
         run.engine.abstract_state, step=zero, opt_state=(), ema={}, num_skipped=zero

@@ -1,4 +1,4 @@
-"""Batches on the devices, ahead of the step that takes them."""
+"""Transfers batches to the devices ahead of the step that uses them."""
 
 import collections
 from collections.abc import Iterable, Iterator
@@ -12,18 +12,18 @@ from metaformer_jax.training import sharding
 
 
 class PlacedBatches(Iterator[dict[str, jax.Array]]):
-    """Global arrays of what each process holds of the batch, split over all devices.
+    """Batches as global arrays over all devices, made from each process's share.
 
-    The next batch is on its way while a step computes.
+    The next batch is being transferred while a step computes.
 
     Args:
-        batches: this process's parts, see `data.loader`.
+        batches: this process's shares, see `data.loader`.
         mesh: the devices.
-        fields: what the step takes of a batch.
+        fields: of a batch that the step takes.
 
     Attributes:
-        num_replaced: examples of the last batch that stand in for bad ones, on this process.
-        indices: places in the source of the last batch's examples, likewise.
+        num_replaced: examples in this process's share of the last batch that replace bad ones.
+        indices: positions in the source of the examples in this share.
     """
 
     def __init__(self, batches: Iterable[Any], mesh: Mesh, *, fields: tuple[str, ...]):

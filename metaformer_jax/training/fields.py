@@ -1,4 +1,4 @@
-"""What each field of a training config may be: one table, from a field to its invariants."""
+"""The valid values of each field of a training config, as one table of invariants."""
 
 import dataclasses
 import os
@@ -16,8 +16,8 @@ class Invariant:
     """A condition on a value.
 
     Attributes:
-        text: what a message says after "must".
-        holds: whether a value meets it, given that it meets those that stand before it.
+        text: what an error message says after "must".
+        holds: whether a value meets it, given that it meets the invariants before it.
     """
 
     text: str
@@ -52,7 +52,7 @@ def _at_most(most: float) -> Invariant:
     return Invariant(f"at most {most:,}", lambda value: value <= most)
 
 
-# Smaller numbers float32 cannot hold, and the products of some of the larger.
+# float32 cannot hold smaller numbers, nor the products of some larger ones.
 _LEAST, _GREATEST = 1e-30, 1e30
 WHOLE = Invariant("a whole number of at most 64 bits", _is_whole)
 NUMBER = Invariant(f"a number, 0 or of a size from {_LEAST:g} to {_GREATEST:g}", _is_number)
@@ -66,9 +66,9 @@ POSITIVE = Invariant("positive", lambda value: value > 0)
 NOT_NEGATIVE = Invariant("not be negative", lambda value: value >= 0)
 FRACTION = Invariant("in [0, 1]", lambda value: 0 <= value <= 1)
 BELOW_ONE = Invariant("in [0, 1)", lambda value: 0 <= value < 1)
-# What divides by the rest to one would divide by 0.
+# For rates whose complement to 1 is a divisor.
 ROUNDS_BELOW_ONE = Invariant("below 1 in float32 too", lambda value: bool(np.float32(value) < 1))
-# What counts steps, examples or pixels is an int32 somewhere.
+# Counts of steps, examples or pixels become an int32 somewhere.
 COUNT = (WHOLE, POSITIVE, _at_most(2**31 - 1))
 PROCESSES = Invariant(
     "a number of processes, or -1 for one on each core", lambda value: -1 <= value <= 4096
@@ -80,10 +80,10 @@ STEPS = Invariant(
         and (not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]))
     ),
 )
-# Beta distributions of a smaller or a larger parameter leave float32.
+# With smaller or larger parameters, draws from Beta distributions leave the range of float32.
 BETA = Invariant("0, or from 0.001 to 1000", lambda alpha: alpha == 0 or 1e-3 <= alpha <= 1e3)
 
-# Where a layer below has the say in a range, only the kind of value stands here.
+# Where the code that uses a field checks its range, only the kind of value is checked here.
 FIELDS: Mapping[str, tuple[Invariant, ...]] = {
     "seed": (WHOLE, NOT_NEGATIVE, _at_most(2**32 - 1)),
     "epochs": (NUMBER, POSITIVE, _at_most(1e6)),
@@ -162,10 +162,10 @@ FIELDS: Mapping[str, tuple[Invariant, ...]] = {
 
 
 def check(field: str, value: Any) -> None:
-    """Refuses a value that a field cannot have.
+    """Checks the value of a field.
 
     Raises:
-        ValueError: naming the field and what it must be.
+        ValueError: it is not valid; the message says what it must be.
     """
     for invariant in FIELDS[field]:
         if not invariant.holds(value):

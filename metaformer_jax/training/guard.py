@@ -1,4 +1,4 @@
-"""Watches the loss and gradient of every step, and names the examples where they are not finite."""
+"""Checks the loss and gradient of every step, and names the examples if they are not finite."""
 
 import json
 import math
@@ -14,13 +14,13 @@ class NonFiniteError(FloatingPointError):
 
 
 class Guard:
-    """Looks at the steps' figures as they come back, and at who was in a batch.
+    """Checks the figures of steps when they arrive, and remembers the examples of their batches.
 
     Args:
         workdir: where `nonfinite.json` is written.
-        source: the examples, to name them.
-        max_skipped: updates that may be lost in a row; 0 stops at the first.
-        process_index: of this process, which knows its own share of a batch.
+        source: of the examples, to name them.
+        max_skipped: how many updates in a row may be lost; 0 stops at the first.
+        process_index: of this process, which knows only its own share of a batch.
     """
 
     def __init__(
@@ -33,14 +33,15 @@ class Guard:
         self._indices: dict[int, np.ndarray] = {}
 
     def expect(self, step: int, indices: np.ndarray) -> None:
-        """Remembers the places in the source of a step's examples."""
+        """Remembers the positions in the source of a step's examples."""
         self._indices[step] = indices
 
     def check(self, step: int, figures: dict[str, float]) -> bool:
         """Whether a step's update took place.
 
         Raises:
-            NonFiniteError: it did not, and it was one too many; a report is written.
+            NonFiniteError: it did not, and more than `max_skipped` in a row were lost; a report is
+                written.
         """
         indices = self._indices.pop(step)
         loss, grad_norm = float(figures["loss"]), float(figures["grad_norm"])

@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: what crosses devices, and the compiler's estimate of cycles."""
+"""Reads communication and the compiler's estimate of cycles from a compiled program's text."""
 
 import collections
 import dataclasses
@@ -25,14 +25,14 @@ _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,\d+\])")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation that crosses devices.
+    """One operation that communicates between devices.
 
     Attributes:
         kind: "all-reduce", "all-gather", ...
         num_bytes: of a device's input or output, whichever is larger.
-        group_size: devices that take part together.
+        group_size: number of devices that communicate with each other.
         times: how often a step runs it.
-        op_name: where in the traced program it comes from.
+        op_name: its origin in the traced program.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """What a device sends, at the least, over all `times`."""
+        """The bytes that a device sends, at least, over all `times`."""
         if self.kind == "collective-permute":
             return float(self.num_bytes * self.times)
         passes = 2 if self.kind == "all-reduce" else 1
@@ -52,14 +52,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the text of a compiled program tells.
+    """The figures in the text of a compiled program.
 
     Attributes:
-        cycles: the compiler's estimate of all fusions together, loops as often as they run; None
-            where the compiler (those for CPUs and GPUs) gives none.
-        cycles_by_op: the same by where they come from in the traced program.
-        collectives: what crosses devices.
-        num_unknown_loops: loops without a known number of rounds, which count as one round.
+        cycles: the compiler's estimate for all fusions together, counted as often as their loops
+            run; None if the compiler gives no estimates, like those for CPUs and GPUs.
+        cycles_by_op: the same by the origin in the traced program.
+        collectives: the communication between devices.
+        num_unknown_loops: loops with an unknown number of iterations, which count as one.
     """
 
     cycles: int | None
@@ -90,7 +90,7 @@ def read_program(text: str, *, num_devices: int = 1) -> Program:
 
     Args:
         text: of the optimised HLO module.
-        num_devices: that the program runs on: a collective without groups is among all of them.
+        num_devices: on which the program runs; a collective without groups is among all of them.
 
     Raises:
         ValueError: it is not the text of an HLO module.
@@ -115,7 +115,7 @@ def read_program(text: str, *, num_devices: int = 1) -> Program:
                 for part in one.named("body") + one.named("condition"):
                     run(part, times * (1 if rounds is None else rounds))
             elif one.opcode == "conditional":
-                # One of them runs: the estimate is of the longest.
+                # One branch runs: the estimate assumes the longest.
                 branches = one.named("branch_computations") or (
                     one.named("true_computation") + one.named("false_computation")
                 )
@@ -152,7 +152,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _parsed(name: str, text: str) -> _Instruction:
-    # A shape is an array's, without spaces, or a tuple in parentheses, whose layouts have more.
+    # A shape is that of an array, without spaces, or a tuple in parentheses, which may have spaces.
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shape, text = text[:end], text[end:].lstrip()
     opcode, _, _ = text.partition("(")
@@ -174,7 +174,7 @@ def _rounds(
     around: list[_Instruction],
     computations: dict[str, list[_Instruction]],
 ) -> int | None:
-    """Of a loop that counts in steps of one from a constant to another; None of any other."""
+    """The iterations of a loop that counts by one between two constants; None for other loops."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = {one.name: one for one in computations[loop.named("condition")[0]]}
@@ -222,7 +222,7 @@ def _collective(
         return None
     taken = sum(num_bytes.get(operand, 0) for operand in instruction.operands)
     given = num_bytes[instruction.name]
-    # Of all but one kind, what starts gives back its input beside its output.
+    # The "-start" operation of all kinds but one returns its input beside its output.
     if instruction.opcode != kind and kind != "all-reduce":
         given -= taken
     groups = _GROUPS.search(instruction.rest)
@@ -237,7 +237,7 @@ def _collective(
 def _num_bytes(shape: str) -> int:
     total = 0
     for dtype, sizes in _ARRAY.findall(shape):
-        # "bf16", "f8e4m3fn", "s32": the first number is that of the bits.
+        # "bf16", "f8e4m3fn", "s32": the first number is the number of bits.
         bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
         count = math.prod(int(size) for size in sizes.split(",") if size)
         total += math.ceil(count * bits / 8)

@@ -1,11 +1,11 @@
-"""The memory that a compiled step takes on a device, and the largest batch that it has room for."""
+"""The memory that a compiled step takes on a device, and the largest batch that fits."""
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
 
-# Of a batch that does not fit, what is tried next.
+# If a batch does not fit, this fraction of it is tried next.
 _LESS = 0.97
 
 
@@ -15,8 +15,9 @@ class Memory:
 
     Attributes:
         arguments: state and batch.
-        outputs: state and metrics, of which `aliased` lie where arguments were.
-        temporaries: activations, gradients and what else lives within the step.
+        outputs: state and metrics.
+        aliased: outputs that reuse the memory of arguments.
+        temporaries: activations, gradients and everything else that lives within the step.
         code: the program itself.
     """
 
@@ -28,12 +29,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it; what is aliased counts once."""
+        """All of it; aliased memory counts once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
-    """What the compiler planned; None where it does not tell."""
+    """The memory that the compiler planned; None if it does not report it."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
@@ -49,20 +50,20 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
 def largest_that_fits(
     needed: Callable[[int], int | None], batch: int, *, unit: int, limit: int
 ) -> int | None:
-    """The largest batch per device, a multiple of `unit`, whose need stays within `limit`.
+    """The largest batch per device, a multiple of `unit`, that needs at most `limit` bytes.
 
-    Where to look is told by a line through two batches that were compiled: this one, or the largest
-    of its halves that fits, and half of that. What is found there is compiled as well, and as long
-    as it does not fit, a little less: far from both, the line is off by some per cent.
+    The memory is extrapolated linearly from two compiled batches: `batch`, or the first of its
+    repeated halves that fits, and half of that. The batch found is itself compiled, and reduced a
+    little as long as it does not fit: far from both batches the line is off by a few per cent.
 
     Args:
-        needed: bytes for a batch; None where the compiler refused it.
+        needed: bytes for a batch; None if the compiler refused it.
         batch: where the search starts.
-        unit: of the answer.
+        unit: the answer is a multiple of this.
         limit: bytes.
 
     Returns:
-        The batch; 0 where none fits; None where two that fit could not be had.
+        The batch; 0 if none fits; None if no two batches that fit could be found.
     """
     upper, need = batch, needed(batch)
     while need is None:

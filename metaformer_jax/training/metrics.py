@@ -1,4 +1,4 @@
-"""The numbers of a run, as JSON lines, as TensorBoard events, and for Weights & Biases."""
+"""The metrics of a run, as JSON lines, TensorBoard events, and for Weights & Biases."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ from metaformer_jax.training.guard import Guard
 
 
 class PendingMetrics:
-    """Figures of the steps since the last row, on the devices until they are asked for.
+    """Figures of the steps since the last row, which stay on the devices until they are needed.
 
     Args:
-        guard: looks at every step's.
-        restored: what was pending when a checkpoint was saved.
+        guard: checks the figures of every step.
+        restored: the figures that were pending when a checkpoint was saved.
     """
 
     def __init__(self, guard: Guard, restored: list[dict[str, float]] | None = None):
@@ -31,11 +31,11 @@ class PendingMetrics:
         self._on_device: list[tuple[int, dict[str, Any]]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array], *, num_replaced: int) -> None:
-        """Adds a step's, without waiting for it."""
+        """Adds the figures of a step, without waiting for them."""
         self._on_device.append((step, {**metrics, "num_replaced": num_replaced}))
 
     def to_host(self) -> list[dict[str, float]]:
-        """All of them, step by step; waits for the last step.
+        """All figures, step by step; waits for the last step.
 
         Raises:
             NonFiniteError: a step's loss or gradient is not finite.
@@ -46,10 +46,11 @@ class PendingMetrics:
             figures = {name: float(value) for name, value in metrics.items()}
             was_updated = self._guard.check(step, figures)
             self._on_host.append({"updated": float(was_updated), **figures})
-        return self._on_host
+        # A copy: a checkpoint writes it in the background, while figures of later steps come in.
+        return list(self._on_host)
 
     def take(self) -> dict[str, float]:
-        """One row of all of them: means over the steps that made an update, and counts."""
+        """All figures as one row: means over the steps that made an update, and counts."""
         steps, self._on_host = self.to_host(), []
         updated = [figures for figures in steps if figures["updated"]]
         row = {
@@ -62,20 +63,20 @@ class PendingMetrics:
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl`, to TensorBoard's events in `tensorboard/`, and to W&B if asked.
+    """Appends to `metrics.jsonl`, to TensorBoard events in `tensorboard/`, and to W&B if requested.
 
-    A resumed run continues the file: rows after the step that it resumes from are taken out, so
-    that no step stands there twice.
+    A resumed run continues the file: rows after the step from which it resumes are removed, so that
+    no step is there twice.
 
     Args:
         workdir: the run's folder.
-        start_step: updates done before the first row to come.
+        start_step: the step from which the run continues; 0 for a new run.
         is_writer: whether this process writes at all.
-        wandb_project: of Weights & Biases; empty for none.
-        config: what W&B is told of the run.
+        wandb_project: at Weights & Biases; empty for none.
+        config: sent to W&B.
 
     Raises:
-        ImportError: W&B is asked for and not installed.
+        ImportError: W&B is requested but not installed.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class MetricWriter:
         self._events = _Events(workdir / "tensorboard", start_step)
 
     def write(self, step: int, **groups: dict[str, float]) -> None:
-        """Adds one row: the values after so many updates, named `group/name`."""
+        """Adds one row with the values after this step, named `group/name`."""
         if not self._is_writer:
             return
         values = {
@@ -136,14 +137,14 @@ class MetricWriter:
 
 
 class _Events:
-    """TensorBoard's file of one start of a run, on disk after each call.
+    """The TensorBoard file of one start of a run; each call writes to disk.
 
-    tensorboardX's usual writer works in a thread, which a full disk ends, and is then waited for
-    for ever.
+    tensorboardX's usual writer works in a thread. A full disk ends that thread, and the program
+    then waits for it forever.
 
     Args:
         folder: of the files of all starts.
-        start_step: TensorBoard hides what earlier starts have written of later steps.
+        start_step: TensorBoard hides later steps that earlier starts have written.
     """
 
     def __init__(self, folder: pathlib.Path, start_step: int):
@@ -177,7 +178,7 @@ class _Events:
 
 
 def _import_tensorboardx() -> None:
-    # It would import torch where that is installed, for what is not used here: seconds.
+    # tensorboardX would import an installed torch, for features not used here: that takes seconds.
     hides_torch = "torch" not in sys.modules
     if hides_torch:
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -204,7 +205,7 @@ def import_wandb(project: str) -> Any:
 
 
 def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) -> Any:
-    # A resumed run is the same one there: it is known by its folder.
+    # A resumed run is the same run at W&B: its id is derived from the folder.
     run_id = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
     return import_wandb(project).init(
         project=project,

@@ -12,7 +12,7 @@ SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "lamb")
 
 Tree = dict[str, Any]
-# From epochs, whole or not, to rates; NumPy arrays in float64, JAX arrays as they are.
+# From epochs, whole or fractional, to learning rates; NumPy arrays in float64, or JAX arrays.
 EpochSchedule = Callable[[Any], Any]
 
 
@@ -25,21 +25,21 @@ def epoch_schedule(
     warmup_from: float = 1e-6,
     end: float = 1e-5,
 ) -> EpochSchedule:
-    """Linear warm-up, then a cosine from the peak to the end, or the peak throughout.
+    """Linear warm-up, then a cosine from `peak` to `end`, or a constant `peak`.
 
-    As in the published recipe the cosine is not shifted by the warm-up: it would start at epoch 0.
-    After `epochs` it stays at the end.
+    As in the published recipe the cosine is not shifted by the warm-up: it starts at epoch 0, and
+    the warm-up replaces its beginning. After `epochs` the rate stays at `end`.
 
     Args:
         name: `"cosine"` or `"constant"`.
         peak: the highest rate.
-        epochs: of the cosine.
-        warmup_epochs: at the start.
+        epochs: length of the cosine.
+        warmup_epochs: length of the warm-up.
         warmup_from: the first rate of the warm-up.
         end: the last rate of the cosine.
 
     Raises:
-        ValueError: there is no such schedule, or the warm-up is as long as the training.
+        ValueError: there is no such schedule, or the warm-up is not shorter than the training.
     """
     if name not in SCHEDULES:
         raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}.")
@@ -64,37 +64,37 @@ def epoch_schedule(
 def by_step(
     schedule: EpochSchedule, *, steps_per_epoch: float, total_steps: int, per_epoch: bool
 ) -> optax.Schedule:
-    """The rate for each step.
+    """The learning rate as a function of the step.
 
     Args:
-        schedule: the rate for each epoch.
-        steps_per_epoch: with a fraction, where batches run over the end of an epoch.
+        schedule: the rate as a function of the epoch.
+        steps_per_epoch: may be fractional, because batches run across the end of an epoch.
         total_steps: of the training.
-        per_epoch: the rate changes at the first step of each epoch only, as published; otherwise
-            with every step.
+        per_epoch: whether the rate changes only at the first step of each epoch, as published, and
+            not at every step.
     """
     if not per_epoch:
         return lambda step: schedule(jnp.asarray(step, jnp.float32) / steps_per_epoch)
     epochs = np.arange(np.ceil(total_steps / steps_per_epoch) + 1)
-    # In a table, as whole numbers and in float64: no rounding moves an epoch or a rate.
+    # A table of whole steps, with rates computed in float64: no rounding shifts an epoch or a rate.
     first_steps = np.ceil(epochs * steps_per_epoch).astype(np.int32)
     rates = schedule(epochs).astype(np.float32)
     return lambda step: jnp.asarray(rates)[jnp.searchsorted(first_steps, step, side="right") - 1]
 
 
 def is_decayed(params: Tree) -> Tree:
-    """For each parameter whether weight decay applies: not to scales and biases."""
+    """For each parameter, whether weight decay applies to it: not to scales and biases."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def layer_scales(params: Tree, decay: float) -> Tree:
-    """For each parameter `decay` to the power of its distance from the head (BEiT, appendix H).
+    """For each parameter, `decay` to the power of its distance from the head (BEiT, appendix H).
 
-    Layers are the stem, each block (with the downsampling before it), and norm and head.
+    The layers are the stem, each block (with the downsampling before it), and norm and head.
 
     Args:
         params: of a `MetaFormer`.
-        decay: 1 leaves all rates alike.
+        decay: 1 for equal rates.
     """
     depths = [len(params["stages"][stage]) for stage in range(len(params["stages"]))]
     last = sum(depths) + 1
@@ -123,18 +123,19 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW (https://arxiv.org/abs/1711.05101) or LAMB (https://arxiv.org/abs/1904.00962).
 
-    Neither decays one-dimensional parameters (scales and biases). LAMB, as published for CAFormer,
-    scales an update to the norm of its parameter, without limits, where weight decay applies.
+    Neither applies weight decay to one-dimensional parameters (scales and biases). LAMB, as
+    published for CAFormer, scales each update to the norm of its parameter (the trust ratio,
+    unclipped), but not for one-dimensional parameters.
 
     Args:
         name: `"adamw"` or `"lamb"`.
-        learning_rate: the rate for each step.
-        b1: decay of the mean of gradients.
+        learning_rate: as a function of the step.
+        b1: decay of the mean of the gradients.
         b2: decay of the mean of their squares.
         eps: added to the root of the latter.
-        weight_decay: share of a parameter, times the learning rate, taken off at each step.
-        max_grad_norm: the norm of all gradients together that they are cut to; None leaves them.
-        layer_decay: factor of the rate from each layer to the one before, see `layer_scales`.
+        weight_decay: fraction of a parameter, times the learning rate, subtracted at each step.
+        max_grad_norm: the global norm to which gradients are clipped; None for no clipping.
+        layer_decay: the factor by which rates decrease from layer to layer, see `layer_scales`.
 
     Raises:
         ValueError: there is no such optimiser.

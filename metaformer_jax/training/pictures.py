@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and the images it got wrong."""
+"""Pictures of a run: curves, training batches and misclassified images."""
 
 import pathlib
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def draw_misclassified(
     *,
     title: str,
 ) -> None:
-    """A grid of images, each with its label, the prediction instead and its probability."""
+    """A grid of images, each with its label, the wrong prediction and that one's probability."""
     figure = _image_grid(
         [image for image, *_ in examples],
         [
@@ -66,17 +66,17 @@ def batch_figure(
     *,
     title: str,
 ) -> Figure:
-    """A grid of training images as a step sees them, over the shares of their two main classes.
+    """A grid of training images as a step sees them, with their two main classes and weights.
 
     Args:
-        images: scaled to [0, 1]; noise beyond is cut.
-        targets: what the loss compares with.
+        images: scaled to [0, 1]; values beyond are clipped.
+        targets: the class probabilities of the loss.
         class_names: for the captions.
         title: above the grid.
     """
     captions = []
     for target in targets:
-        # Smoothing gives every class a share; those that an image shows stand out.
+        # Smoothing gives every class some weight; the classes of the image stand out.
         main = [index for index in np.argsort(-target)[:2] if target[index] > 2 * target.min()]
         captions.append(
             "\n".join(f"{_shortened(class_names[index], 19)} {target[index]:.0%}" for index in main)
@@ -103,7 +103,7 @@ def _image_grid(
     figure_width, figure_height = max(6, grid_width), title_height + grid_height
     figure = Figure(figsize=(figure_width, figure_height))
     figure.suptitle(title, y=1 - title_height / 2 / figure_height, verticalalignment="center")
-    # One pair of axes for all: matplotlib takes seconds for one each.
+    # One pair of axes for all images: matplotlib would take seconds for a pair each.
     axes = figure.add_axes(
         (
             (figure_width - grid_width) / 2 / figure_width,
@@ -128,7 +128,7 @@ def _image_grid(
         axes.text(
             left + image_width / 2,
             top + gap / 3,
-            # Names of classes are any text: neither formulas nor, all of them, Unicode.
+            # Class names may be any text: no formulas, and not always valid Unicode.
             caption.encode("utf-8", "replace").decode(),
             parse_math=False,
             fontsize=8,

@@ -1,4 +1,4 @@
-"""Notices that the run is to end: SIGTERM, or what the cluster's service says."""
+"""Notices when the run is told to end, by SIGTERM or by the cluster."""
 
 import os
 import signal
@@ -13,20 +13,20 @@ from metaformer_jax.training.exit_codes import PREEMPTED, end_at_once
 
 
 class PreemptedError(RuntimeError):
-    """The run was told to end, and has saved what there was to save."""
+    """The run was told to end, and has saved its state."""
 
 
 class Preemption:
-    """Within this context SIGTERM interrupts nothing; `noticed` and `reached` tell that it came.
+    """A context in which SIGTERM interrupts nothing, but is reported by `noticed` and `reached`.
 
-    As long as there is nothing to save, it ends the process at once, with `PREEMPTED`: one that
-    compiles for minutes cannot be asked.
+    As long as there is nothing to save, SIGTERM ends the process at once, with `PREEMPTED`: a
+    process that compiles for minutes cannot check `noticed`.
 
-    With several processes JAX's coordination service watches for it, and all processes agree on
+    With several processes, JAX's coordination service handles SIGTERM, and all processes agree on
     the step at which they stop.
 
     Attributes:
-        noticed: whether SIGTERM came.
+        noticed: whether SIGTERM was received.
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,11 @@ class Preemption:
         self._pipe: tuple[int, int] = (-1, -1)
 
     def trained(self) -> None:
-        """From now on there is something to save."""
+        """To be called before the first step: from now on there is something to save."""
         self._has_something_to_save = True
 
     def reached(self, step: int) -> bool:
-        """Whether to save and end after this step."""
+        """Whether the run should save and end after this step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.noticed
@@ -50,8 +50,8 @@ class Preemption:
         self.noticed = True
 
     def _watch(self, read_end: int) -> None:
-        # Python tells its main thread of a signal between two of its own instructions, which may
-        # be minutes apart; the number of the signal is in the pipe at once.
+        # Python runs a signal handler between two bytecode instructions of the main thread, which
+        # may be minutes apart; the number of the signal is in the pipe at once.
         while numbers := os.read(read_end, 64):
             if signal.SIGTERM in numbers and not self._has_something_to_save:
                 print("told to end: there was nothing to save yet.", flush=True)
@@ -63,7 +63,7 @@ class Preemption:
             return self
         try:
             handler = signal.signal(signal.SIGTERM, self._notice)
-        # Only a main thread may do so; elsewhere the caller decides about signals.
+        # Only the main thread may set handlers; elsewhere the caller decides about signals.
         except ValueError:
             return self
         self._pipe = os.pipe()
@@ -77,9 +77,9 @@ class Preemption:
             return
         handler, wakeup_descriptor = self._previous
         if isinstance(error, PreemptedError) and handler is end_at_once:
-            # The program is ending as it was told to; told again, it would not say what is saved.
+            # The program is already ending: a second SIGTERM must not suppress its last message.
             handler = signal.SIG_IGN
         signal.signal(signal.SIGTERM, handler)
         signal.set_wakeup_fd(wakeup_descriptor)
-        # The thread reads that this was all, and closes the other end.
+        # The thread reads the end of the pipe, and closes its own end.
         os.close(self._pipe[1])

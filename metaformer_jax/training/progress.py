@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
+"""Progress display: a bar on a terminal, lines elsewhere."""
 
 import contextlib
 import threading
@@ -19,9 +19,9 @@ from rich.progress import (
 
 from metaformer_jax.training.devices import model_flops_utilization
 
-# Without a terminal a line is printed this often, in seconds, so that logs stay short.
+# If the output is not a terminal, one line is printed in this time, so that logs stay short.
 _SECONDS_PER_LINE = 10.0
-# Of work that does not tell how far it is.
+# The same for work of which the progress is unknown.
 _SECONDS_PER_SIGN_OF_LIFE = 30.0
 
 
@@ -30,8 +30,8 @@ class TrainingProgress:
 
     Args:
         console: where it is shown.
-        total_steps: updates of the whole training.
-        start_step: updates done before.
+        total_steps: of the whole training.
+        start_step: steps done before this start.
         batch_size: images of a step.
         macs_per_image: multiply-adds of the model's forward pass.
     """
@@ -69,32 +69,32 @@ class TrainingProgress:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time within."""
+        """Counts the time within as time spent waiting for data."""
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time within, an evaluation's, out of the speed."""
+        """Excludes the time within, that of an evaluation, from the speed."""
         start = time.monotonic()
         yield
         if self._since is not None:
             self._since += time.monotonic() - start
 
     def update(self, step: int) -> None:
-        """Shows that so many steps were started."""
+        """Shows that this step was started."""
         if self._since is None:
-            # The first step has waited for the workers to start.
+            # The first step is not timed: it has waited for the workers to start.
             self._since, self._since_step, self._waited = time.monotonic(), step, 0.0
             self._last_line = self._since
             self._bar.start_task(self._task)
         self._bar.update(self._task, completed=step)
 
     def speed(self, step: int) -> dict[str, float]:
-        """Since the last call, when all steps up to this one are done: speed, and waiting's share.
+        """Speed and share of waiting since the last call, with all steps up to this one done.
 
-        Nothing where no step was timed.
+        Empty if no step was timed.
         """
         now = time.monotonic()
         if self._since is None or step <= self._since_step:
@@ -113,7 +113,7 @@ class TrainingProgress:
         return speed
 
     def show(self, step: int, figures: dict[str, float], *, held_out: str) -> None:
-        """Shows the latest figures; elsewhere than on a terminal as a line, now and then."""
+        """Shows the latest figures; if the output is not a terminal, as a line now and then."""
         parts = [f"loss {figures['loss']:.3f}  accuracy {figures['accuracy']:.1%}{held_out}"]
         speed = figures.get("images_per_second")
         if speed:
@@ -145,7 +145,7 @@ class TrainingProgress:
 
 @contextlib.contextmanager
 def evaluation_progress(console: Console | None, num_batches: int) -> Iterator[Callable[[], None]]:
-    """A bar over so many batches, on a terminal; gives what moves it on by one."""
+    """A progress bar over the batches, on a terminal; yields a function that advances it by one."""
     if console is None or not console.is_terminal:
         yield lambda: None
         return
@@ -159,12 +159,12 @@ def evaluation_progress(console: Console | None, num_batches: int) -> Iterator[C
 def elapsing(
     console: Console, what: str, *, seconds_per_line: float = _SECONDS_PER_SIGN_OF_LIFE
 ) -> Iterator[None]:
-    """Says that something is going on, and while it does for how long: on a terminal all the time.
+    """Shows that something is going on, and for how long: continuously on a terminal.
 
     Args:
         console: where it is shown.
-        what: in words, "compiling the training step".
-        seconds_per_line: elsewhere than on a terminal, how often a line is printed.
+        what: in words, such as "compiling the training step".
+        seconds_per_line: how often a line is printed if the output is not a terminal.
     """
     console.print(f"{what} ...", highlight=False, soft_wrap=True)
     if console.is_terminal:

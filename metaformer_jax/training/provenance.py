@@ -1,4 +1,4 @@
-"""What a run's weights were trained with, compared with what they are to be used with."""
+"""Compares how a run's weights were trained with how they are to be used."""
 
 import itertools
 import pathlib
@@ -11,7 +11,7 @@ from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.workdir import read_class_names, read_config, spec
 
 _ARCHITECTURE = tuple(f"model.{field}" for field in ("name", "family", "depths", "dims"))
-# Weights learn with these; size, crop and filter may be tried out.
+# Weights depend on the normalisation of training; size, crop and filter may be changed.
 _NORMALISATION = ("data.mean", "data.std")
 _MAX_NAMED = 5
 
@@ -21,26 +21,26 @@ def check_same_network(
 ) -> None:
     """Compares the network with the one that the run trained.
 
-    Parameters do not tell networks apart whose mixers have none.
+    Networks whose mixers have no parameters cannot be distinguished by their parameters.
 
     Args:
         workdir: the run's folder.
-        config: describes the network, as the message says.
-        mine: the network.
+        config: of the network, for the error message.
+        mine: the specification of the network.
 
     Raises:
-        CheckpointError: it is another.
+        CheckpointError: the run trained another network.
     """
-    # The same may be described by a name, or as that size of its family.
+    # One network may be given by its name, or by its family and size.
     if spec(workdir) != mine:
         _compare(workdir, config, _ARCHITECTURE, "network")
 
 
 def check_same_normalisation(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Compares how images are normalised with how the run did it.
+    """Compares the normalisation of images with that of the run.
 
     Raises:
-        CheckpointError: otherwise.
+        CheckpointError: they differ.
     """
     _compare(workdir, config, _NORMALISATION, "normalisation of images")
 
@@ -49,7 +49,7 @@ def check_same_classes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> N
     """Compares the data's classes with those that the run trained on, if it kept their names.
 
     Raises:
-        ValueError: a label would mean another class.
+        ValueError: they differ, so that a label would mean another class.
     """
     theirs = read_class_names(workdir)
     if theirs in (class_names, None):

@@ -1,8 +1,8 @@
 """The fields of a training config, and the published recipes as tables of differences.
 
 Sources: the publication (https://arxiv.org/abs/2210.13452), section 4 and its appendix; the
-original code's scripts (https://github.com/sail-sg/metaformer, `scripts/`), with the mistakes in
-them put right: `train_caformer_b36.sh` trains caformer_s36, `finetune_caformer_s36_384.sh` and
+original code's scripts (https://github.com/sail-sg/metaformer, `scripts/`), with their mistakes
+corrected: `train_caformer_b36.sh` trains caformer_s36, `finetune_caformer_s36_384.sh` and
 `finetune_caformer_m36_384.sh` run caformer_s18_384.
 """
 
@@ -10,13 +10,13 @@ import dataclasses
 
 import ml_collections
 
-# What `:` in --config=configs/caformer_b36.py:384 may be followed by; "" trains at 224 pixels.
+# What may follow the `:` in --config=configs/caformer_b36.py:384; "" trains at 224 pixels.
 STAGES = ("", "384", "in21k", "in21ft1k", "384_in21ft1k")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Optimizer:
-    """Of a family: peak rate at 224 pixels, rate of fine-tuning, and what differs otherwise."""
+    """A family's optimiser: its peak learning rate, that of fine-tuning, and other settings."""
 
     name: str
     learning_rate: float
@@ -26,9 +26,9 @@ class _Optimizer:
 
 
 _ADAMW = _Optimizer("adamw", 4e-3, 5e-5, 1e-8, 0.0)
-# Its implementation cuts the norm of all gradients at 1, unasked.
+# The implementation of LAMB that was used clips the global gradient norm at 1 by default.
 _LAMB = _Optimizer("lamb", 8e-3, 1e-4, 1e-6, 1.0)
-# Optimiser, and epochs of warm-up.
+# Optimiser and warm-up epochs.
 _FAMILIES = {
     "identityformer": (_ADAMW, 5.0),
     "randformer": (_ADAMW, 5.0),
@@ -36,7 +36,7 @@ _FAMILIES = {
     "convformer": (_ADAMW, 20.0),
     "caformer": (_LAMB, 20.0),
 }
-# Drop path and head dropout of the training from scratch.
+# Drop path and head dropout rates of the training from scratch.
 _FROM_SCRATCH = {
     "identityformer_s12": (0.1, 0.0),
     "identityformer_s24": (0.1, 0.0),
@@ -47,7 +47,7 @@ _FROM_SCRATCH = {
     "randformer_s24": (0.1, 0.0),
     "randformer_s36": (0.2, 0.0),
     "randformer_m36": (0.3, 0.0),
-    # Not 0.4 as the other two families of this size.
+    # Not 0.4, which the other two families have at this size.
     "randformer_m48": (0.3, 0.0),
     "poolformerv2_s12": (0.1, 0.0),
     "poolformerv2_s24": (0.1, 0.0),
@@ -63,7 +63,7 @@ _FROM_SCRATCH = {
     "caformer_m36": (0.4, 0.4),
     "caformer_b36": (0.6, 0.5),
 }
-# The same of fine-tuning at 384 pixels.
+# The same for fine-tuning at 384 pixels.
 _FINE_TUNED = {
     "convformer_s18": (0.3, 0.4),
     "convformer_s36": (0.5, 0.4),
@@ -78,33 +78,34 @@ ARCHITECTURES = tuple(_FROM_SCRATCH)
 
 
 def base_config() -> ml_collections.ConfigDict:
-    """Every field that a training run has; a config file changes some and cannot add others.
+    """All fields of a training config, with defaults; a config file may change but not add fields.
 
-    Epochs count passes over the training examples; steps count updates.
+    Epochs are passes over the training examples; steps are updates.
     """
     config = ml_collections.ConfigDict()
-    # Initial parameters, order of the data, augmentation, dropped paths.
+    # Of the initial parameters, the order of the data, augmentation, mixing and dropout.
     config.seed = 0
-    # Of the schedule; then so many more at its lowest rate.
+    # Epochs of the learning-rate schedule, then additional epochs at its lowest rate.
     config.epochs = 300.0
     config.cooldown_epochs = 10.0
-    # Examples per update over all devices and processes, and the parts that each device works its
-    # share off in: more parts take less memory and more time, and give the same.
+    # Examples per update over all devices and processes, and the number of micro-batches in which
+    # each device processes its share: more take less memory and more time, with the same result.
     config.batch_size = 4096
     config.accumulation_steps = 1
     config.eval_batch_size = 1024
     config.label_smoothing = 0.1
     config.log_every_steps = 50
     config.eval_every_epochs = 1.0
-    # A loss or gradient that is not finite changes no parameter. Then "stop" ends the training
-    # and says which examples they were; "skip" goes on, unless so many updates in a row are lost.
+    # A loss or gradient that is not finite changes no parameter. With "stop" the training then ends
+    # and names the examples; with "skip" it goes on, unless more than `max_skipped_updates` updates
+    # in a row are lost.
     config.on_nonfinite = "stop"
     config.max_skipped_updates = 10
-    # The first and the last of the steps that a profiler trace is taken of; () takes none.
+    # The first and the last step of a profiler trace; () for no trace.
     config.profile_steps = ()
 
     config.model = ml_collections.ConfigDict()
-    # A published name, or a family ("caformer") in a size of one's own.
+    # Either a published name, or a family ("caformer") with depths and dims of your own.
     config.model.name = ""
     config.model.family = ""
     config.model.depths = ()
@@ -113,20 +114,20 @@ def base_config() -> ml_collections.ConfigDict:
     config.model.head_dropout = 0.0
     # "float32" or "bfloat16": the compute dtype; parameters are float32.
     config.model.dtype = "float32"
-    # What of each block the backward pass computes again in place of keeping it, for less memory
-    # and mostly more time: "none", "mlp", "products" or "block" (see `models.stages.REMAT`), or
-    # "auto": "mlp" on TPUs, where it is estimated to be the fastest, and elsewhere "none".
+    # Which part of each block the backward pass recomputes instead of keeping it, for less memory
+    # and usually more time: "none", "mlp", "products" or "block" (see `models.stages.REMAT`), or
+    # "auto": "mlp" on TPUs, where it is estimated to be the fastest, and "none" elsewhere.
     config.model.remat = "auto"
-    # Blocks in each round of a loop over those of a stage, which compiles sooner and runs slower;
-    # 0 writes all blocks out.
+    # Runs the blocks of a stage as a loop with this many blocks per iteration, which compiles
+    # faster and runs slower; 0 for no loop.
     config.model.scan = 0
-    # Weights to start from (and to evaluate without a workdir): "published" for those of this
-    # name, another published name, or the path of a converted folder, another run's workdir or a
-    # checkpoint file.
+    # Weights to start from (and to evaluate without a workdir): "published" for those of
+    # `model.name`, another published name, or the path of a converted folder, another run's workdir
+    # or a checkpoint file.
     config.model.pretrained = ""
-    # Whether the head starts anew, as other classes than the checkpoint's need it.
+    # Whether the head is initialised anew, for other classes than the checkpoint's.
     config.model.fresh_head = False
-    # The JSON file that maps an ImageNet-21K head to the 1000 classes.
+    # A JSON file that maps an ImageNet-21K head to the 1000 classes.
     config.model.class_map = ""
 
     config.data = ml_collections.ConfigDict()
@@ -140,30 +141,31 @@ def base_config() -> ml_collections.ConfigDict:
     # Per channel, for images scaled to [0, 1].
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
-    # Processes that read and transform beside the main one; -1 takes one for each core.
+    # Worker processes that read and transform; -1 for one per core, 0 for the main process alone.
     config.data.num_workers = -1
-    # Threads that do so in each of them, or in the main process where there are none.
+    # Threads in each worker, or in the main process if there are no workers.
     config.data.num_threads = 2
-    # Images that cannot be read are replaced, up to this fraction of the training examples.
+    # Images that cannot be read are replaced (in evaluation: left out), up to this fraction.
     config.data.max_bad_fraction = 1e-3
 
     # What the host does to training images, in this order.
     config.augment = ml_collections.ConfigDict()
-    # "random_resized", "simple" (short side to size, then any place), or "none" (the whole image,
-    # squeezed to a square).
+    # "random_resized", "simple" (resizes the short side, then crops a square at a random position),
+    # or "none" (the whole image, resized to a square).
     config.augment.crop = "random_resized"
-    # Part of the image's area, and width over height.
+    # Fraction of the image's area, and width over height.
     config.augment.crop_scale = (0.08, 1.0)
     config.augment.crop_ratio = (3 / 4, 4 / 3)
-    # Filters that one is drawn from for each image.
+    # Filters, of which one is drawn for each image.
     config.augment.interpolations = ("bilinear", "bicubic")
     config.augment.flip_probability = 0.5
-    # timm's notation; empty leaves it out.
+    # In timm's notation; "" for none.
     config.augment.randaugment = "rand-m9-mstd0.5-inc1"
+    # One of grey, solarise and blur, as in DeiT III.
     config.augment.three_augment = False
-    # Brightness, contrast and saturation. The published recipes leave it out beside RandAugment.
+    # Of brightness, contrast and saturation. The published recipes use none with RandAugment.
     config.augment.color_jitter = 0.0
-    # Images move by up to this many pixels.
+    # Images are translated by up to this many pixels.
     config.augment.max_shift = 0
 
     # What the device does to training batches.
@@ -172,11 +174,11 @@ def base_config() -> ml_collections.ConfigDict:
     config.mixing.cutmix_alpha = 1.0
     config.mixing.switch_probability = 0.5
     config.mixing.probability = 1.0
-    # Images that share a draw. A group never lies on two devices.
+    # Images that share one random draw. A group never spans two devices.
     config.mixing.group_size = 128
     config.erasing_probability = 0.25
 
-    # Evaluation: the part of the resized short side that the crop takes, and the filter.
+    # Evaluation: the fraction of the resized short side that the crop takes, and the filter.
     config.eval_crop_fraction = 1.0
     config.eval_interpolation = "bicubic"
 
@@ -184,7 +186,7 @@ def base_config() -> ml_collections.ConfigDict:
     # "adamw" or "lamb".
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 4e-3
-    # "cosine" or "constant", after the warm-up; the rate changes by "epoch" or by "step".
+    # "cosine" or "constant", after the warm-up. The rate changes once per "epoch" or per "step".
     config.optimizer.schedule = "cosine"
     config.optimizer.schedule_by = "epoch"
     config.optimizer.warmup_epochs = 5.0
@@ -194,43 +196,43 @@ def base_config() -> ml_collections.ConfigDict:
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.05
-    # The global norm that gradients are cut to; 0 leaves them.
+    # The global norm to which gradients are clipped; 0 for no clipping.
     config.optimizer.max_grad_norm = 0.0
-    # Factor of the rate from each layer to the one before it.
+    # The learning rate of each layer is that of the layer after it times this.
     config.optimizer.layer_decay = 1.0
-    # The trunk stays as it is.
+    # Trains the head alone.
     config.optimizer.head_only = False
 
-    # A moving average of the parameters, evaluated beside them; 0 keeps none. With the warm-up it
-    # follows closely at first: (1 + t) / (10 + t) at update t.
+    # Decay of an exponential moving average of the parameters, which is evaluated in addition to
+    # them; 0 for no average. With the warm-up, the decay at update t is at most (1 + t) / (10 + t).
     config.ema = ml_collections.ConfigDict()
     config.ema.decay = 0.0
     config.ema.warmup = False
 
     config.mesh = ml_collections.ConfigDict()
-    # Devices along each axis; -1 takes all that the other leaves.
+    # Devices along each axis of the mesh; data=-1 takes all that `fsdp` leaves.
     config.mesh.data = -1
     config.mesh.fsdp = 1
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_epochs = 1.0
-    # The latest so many are kept, and the best by accuracy.
+    # How many of the latest checkpoints are kept; the one with the best accuracy is kept as well.
     config.checkpoint.keep = 2
 
-    # Logs to Weights & Biases under this project's name, where its package is installed.
+    # The project to log to at Weights & Biases, whose package must be installed; "" for none.
     config.wandb = ml_collections.ConfigDict()
     config.wandb.project = ""
     return config.lock()
 
 
 def published(architecture: str, stage: str = "") -> ml_collections.ConfigDict:
-    """The published training of an architecture, or a stage that follows it.
+    """The published training of an architecture, or one of its further stages.
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        stage: "" trains on ImageNet-1K at 224 pixels. For ConvFormer and CAFormer also "384"
-            (fine-tunes that at 384), "in21k" (trains on ImageNet-21K), "in21ft1k" and
-            "384_in21ft1k" (fine-tune the latter on ImageNet-1K at 224 or 384).
+        stage: "" trains on ImageNet-1K at 224 pixels. ConvFormer and CAFormer also have "384"
+            (fine-tunes the result at 384), "in21k" (trains on ImageNet-21K), and "in21ft1k" and
+            "384_in21ft1k" (fine-tune the result of "in21k" on ImageNet-1K at 224 or 384).
 
     Raises:
         ValueError: there is no such architecture or stage.
@@ -256,8 +258,8 @@ def published(architecture: str, stage: str = "") -> ml_collections.ConfigDict:
         warmup_epochs=warmup_epochs,
     )
     if stage == "in21k":
-        # The publication gives images, classes and epochs, and there is no script: all else is as
-        # on ImageNet-1K. TFDS has no such set.
+        # There is no script: images, classes and epochs are the publication's, everything else is
+        # as on ImageNet-1K. TFDS does not have this data set.
         config.update(epochs=90.0, cooldown_epochs=0.0)
         config.data.name = "folder"
     elif stage:
@@ -268,8 +270,8 @@ def published(architecture: str, stage: str = "") -> ml_collections.ConfigDict:
 def _fine_tune(
     config: ml_collections.ConfigDict, architecture: str, stage: str, optimizer: _Optimizer
 ) -> None:
-    # For those that come from ImageNet-21K there is no script: all but the start and the image
-    # size is as published for 384 pixels.
+    # There is no script for fine-tuning from ImageNet-21K: all but the initial weights and the
+    # image size is as published for fine-tuning at 384 pixels.
     config.update(epochs=30.0, cooldown_epochs=0.0, batch_size=1024)
     config.model.pretrained = architecture if stage == "384" else f"{architecture}_in21k"
     config.model.drop_path_rate, config.model.head_dropout = _FINE_TUNED[architecture]

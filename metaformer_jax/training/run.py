@@ -1,4 +1,4 @@
-"""What a config describes, built: the only module, with `train`, that sees a ConfigDict."""
+"""Builds what a config describes: data sources, transforms, schedule, model and engine."""
 
 import contextlib
 import dataclasses
@@ -33,13 +33,13 @@ _MAX_STEPS = 2**31 - 1
 
 
 class Run:
-    """What a config describes, built and checked, before anything is compiled.
+    """Everything that a config describes, built and checked, before anything is compiled.
 
     Args:
         config: all fields of `recipes.base_config()`.
-        trains: False to evaluate only: then no training data need be there.
-        devices: that the run is for; None takes those present.
-        sources: of training and of evaluation, in place of what the config names.
+        trains: False for evaluation alone, which needs no training data.
+        devices: to run on; None for those present.
+        sources: for training and evaluation, instead of those that the config names.
 
     Raises:
         ValueError: a field is unknown, missing or out of range, or fields contradict each other.
@@ -87,7 +87,7 @@ class Run:
                 f"`config.epochs` must take at most {_MAX_STEPS:,} steps, got {epochs:g} epochs of "
                 f"{self.steps_per_epoch:,.0f}. Use larger batches."
             )
-        # What is missing to a whole batch is filled up and does not count.
+        # The last batch is padded to this size, and the padding does not count.
         self.eval_batch_size = math.ceil(config.eval_batch_size / mesh.size) * mesh.size
         self.schedule = optim.by_step(
             optim.epoch_schedule(
@@ -128,12 +128,12 @@ class Run:
         return models.count(self.engine.model)
 
     def is_due(self, every_epochs: float, step: int) -> bool:
-        """Whether something done every so many epochs is done after this step."""
+        """Whether something that is done every `every_epochs` epochs is due after this step."""
         every_steps = every_epochs * self.steps_per_epoch
         return step // every_steps > (step - 1) // every_steps or step == self.total_steps
 
     def pretrained_variables(self) -> Variables:
-        """The values that the training starts from, by path; none without pretrained weights.
+        """The initial values from pretrained weights, by path; empty without such weights.
 
         Raises:
             ValueError: the weights do not fit.
@@ -174,7 +174,7 @@ class Run:
 
     @contextlib.contextmanager
     def training_batches(self, start_step: int) -> Iterator[PlacedBatches]:
-        """Batches on the devices, from a step on; the workers end with the context."""
+        """Training batches on the devices from this step on; the context ends the workers."""
         with loader.training_batches(
             self.train_source,
             self.train_transform,
@@ -188,7 +188,7 @@ class Run:
 
     @contextlib.contextmanager
     def evaluation_batches(self) -> Iterator[PlacedBatches]:
-        """Every evaluation example once, on the devices; the workers end with the context."""
+        """Every evaluation example once, on the devices; the context ends the workers."""
         with loader.evaluation_batches(
             self.eval_source,
             self.eval_transform,

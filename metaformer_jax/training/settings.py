@@ -11,15 +11,15 @@ import ml_collections
 
 from metaformer_jax.training import fields, recipes
 
-# Pixels per side of an image that an evaluation takes its middle from.
+# The largest side, in pixels, of a resized image from which an evaluation takes its centre crop.
 _MAX_RESIZED = 2**15
 
 
 def check_fields(config: ml_collections.ConfigDict) -> None:
-    """Refuses fields that no run reads, missing ones, and values that they cannot have.
+    """Checks that a config has all known fields, no others, and valid values.
 
     Raises:
-        ValueError: naming the field, its value and what would do.
+        ValueError: naming the field, its value and the remedy.
     """
     known, given = flatten(recipes.base_config()), flatten(config)
     for field in given:
@@ -62,10 +62,10 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
 
 @contextlib.contextmanager
 def naming(default: str | None = None, **fields_of: str) -> Iterator[None]:
-    """Puts the field of the config before what a layer below says of its own argument.
+    """A context in which an error about an argument is prefixed with the config's field.
 
     Args:
-        default: the field of an error that begins with no argument named here.
+        default: the field for errors that do not begin with one of the arguments named here.
         **fields_of: from an argument's name to the field that it comes from.
     """
     try:
@@ -79,13 +79,13 @@ def naming(default: str | None = None, **fields_of: str) -> Iterator[None]:
 
 
 def check_known(field: str) -> None:
-    """Refuses a dotted name that no training config has.
+    """Checks that a dotted name is a field of a training config.
 
     Raises:
-        ValueError: offering the close ones.
+        ValueError: it is not; the message suggests similar ones.
     """
     known = flatten(recipes.base_config())
-    # A part of the tree, "model", is not a value, but it is there.
+    # "model" is not a value, but a part of the tree.
     if field not in known and not any(name.startswith(f"{field}.") for name in known):
         by_last_part = {name.rpartition(".")[2]: name for name in known}
         close = difflib.get_close_matches(field, known, n=3) or [
@@ -109,7 +109,7 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """A line for each field, of two flat configs out of JSON, that is not the same."""
+    """A line for each field in which two flat configs, read from JSON, differ."""
     absent = "(absent)"
     return [
         f"  {field}: {theirs.get(field, absent)} -> {mine.get(field, absent)}"
@@ -119,5 +119,5 @@ def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The flat config as JSON gives it back: lists for tuples."""
+    """The flat config as JSON returns it, with lists instead of tuples."""
     return json.loads(json.dumps(flatten(config)))

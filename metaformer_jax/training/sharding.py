@@ -1,4 +1,4 @@
-"""The mesh, and where on it batches and parameters live."""
+"""The device mesh, and how batches and parameters are sharded over it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,22 +8,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
-# The first axis split over all devices; and the whole array on every device.
+# The first axis sharded over all devices; and the whole array on every device.
 BATCH, EVERYWHERE = PartitionSpec(AXES), PartitionSpec()
 
 
 def create_mesh(
     *, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of all devices: `data` copies of the parameters, each split over `fsdp` devices.
+    """A mesh of all devices: `data` copies of the parameters, each sharded over `fsdp` devices.
 
     Args:
-        data: devices along the axis; -1 takes all that `fsdp` leaves.
-        fsdp: devices that share one copy of parameters and optimiser state.
-        devices: which; None takes those present.
+        data: number of devices along this axis; -1 for all that `fsdp` leaves.
+        fsdp: number of devices that share one copy of parameters and optimiser state.
+        devices: to be used; None for those present.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        ValueError: the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = (len(devices) // fsdp if data == -1 and fsdp > 0 else data, fsdp)
@@ -41,12 +41,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over all devices."""
+    """The first axis sharded over all devices."""
     return NamedSharding(mesh, BATCH)
 
 
 def parameter_specs(tree: Any, mesh: Mesh) -> Any:
-    """For each array (or shape) how it lies over `fsdp`: split along its largest divisible axis."""
+    """For each array (or shape), its sharding over `fsdp`: along its largest divisible axis."""
 
     def spec(leaf: Any) -> PartitionSpec:
         parts = mesh.shape["fsdp"]
@@ -60,12 +60,12 @@ def parameter_specs(tree: Any, mesh: Mesh) -> Any:
 
 
 def placed(specs: Any, mesh: Mesh) -> Any:
-    """The shardings that specs mean on a mesh."""
+    """The shardings of these specs on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
 def gather(tree: Any, specs: Any) -> Any:
-    """Within `shard_map`: whole arrays from the parts that the devices along `fsdp` have."""
+    """Within `shard_map`: whole arrays from the shards of the devices along `fsdp`."""
 
     def whole(spec: PartitionSpec, leaf: jax.Array) -> jax.Array:
         if spec == EVERYWHERE:
@@ -76,7 +76,7 @@ def gather(tree: Any, specs: Any) -> Any:
 
 
 def add_up(tree: Any, specs: Any) -> Any:
-    """Within `shard_map`: the sum over all devices, of which each keeps its own part."""
+    """Within `shard_map`: the sum over all devices, of which each keeps its own shard."""
 
     def total(spec: PartitionSpec, leaf: jax.Array) -> jax.Array:
         if spec == EVERYWHERE:
@@ -88,7 +88,7 @@ def add_up(tree: Any, specs: Any) -> Any:
 
 
 def on_each_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Applies a function to each device's part of its arguments, apart from the others."""
+    """Applies a function to each device's part of its arguments, without communication."""
     return jax.shard_map(function, mesh=mesh, in_specs=BATCH, out_specs=BATCH)
 
 
@@ -97,6 +97,6 @@ def _is_spec(leaf: Any) -> bool:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays, split over all devices, of what each process holds of the batch."""
+    """Global arrays, sharded over all devices, from each process's share of the batch."""
     sharding = over_batch(mesh)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)

@@ -28,15 +28,15 @@ class Average:
     """An exponential moving average of the parameters.
 
     Attributes:
-        decay: what is kept at each update.
-        warmup: less is kept at first, (1 + t) / (10 + t) at update t.
+        decay: the weight of the previous average at each update.
+        warmup: limits this weight at first, to (1 + t) / (10 + t) at update t.
     """
 
     decay: float
     warmup: bool = False
 
     def __call__(self, average: Tree, params: Tree, step: Int[Array, ""]) -> Tree:
-        """The average after one more update, that of `step`, counted from 0."""
+        """The average after the update number `step`, counted from 0."""
         decay = jnp.float32(self.decay)
         if self.warmup:
             decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
@@ -46,15 +46,15 @@ class Average:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, and the frozen variables that go with it.
+    """Everything that a step changes, and the frozen variables.
 
     Attributes:
-        step: updates done, or skipped.
-        params: what is trained, as nested dicts by the model's attributes.
-        frozen: what is drawn once and kept (`Frozen`), likewise.
+        step: number of updates, including skipped ones.
+        params: trained parameters, as nested dicts by the model's attributes.
+        frozen: variables that are never trained (`Frozen`), in the same form.
         opt_state: the optimiser's moments and counts.
         ema: the moving average of `params`, or {}.
-        num_skipped: updates skipped in a row, up to the last.
+        num_skipped: number of updates skipped in a row, up to and including the last.
     """
 
     step: Int[Array, ""]
@@ -66,21 +66,21 @@ class TrainState:
 
 
 class Engine:
-    """A model, its optimiser and a mesh, ready to initialise, train and evaluate.
+    """A model, its optimiser and a mesh: initial state, training step and evaluation step.
 
-    Each device computes the gradient of its part of the batch, micro-batch by micro-batch, with
-    whole parameters; then the parts are added up, once. An update with a loss or gradient that is
-    not finite changes nothing but the step's number.
+    Each device gathers whole parameters and computes the gradient of its part of the batch, one
+    micro-batch after the other; the gradients are then summed over the devices, once. If a loss or
+    gradient is not finite, the update changes nothing but the step number and `num_skipped`.
 
     Args:
-        build: makes the model from its `nnx.Rngs`; only ever traced.
-        optimizer: what turns gradients into updates.
+        build: makes the model from its `nnx.Rngs`; it is only traced.
+        optimizer: turns gradients into updates.
         mesh: the devices, see `sharding.create_mesh`.
         transform: from the batch's uint8 images and labels to images and targets.
-        seed: initial parameters, and the mixing and masks of each step.
-        num_micro_batches: parts that each device's share of a batch is worked off in.
-        average: of the parameters; None keeps none.
-        head_only: the trunk stays as it is.
+        seed: of the initial parameters, and of mixing, erasing and masks in each step.
+        num_micro_batches: in which each device processes its share of a batch.
+        average: the moving average of the parameters; None for none.
+        head_only: whether only the head is trained.
     """
 
     def __init__(
@@ -146,11 +146,11 @@ class Engine:
         )
 
     def with_weights(self, state: TrainState, variables: Mapping[Path, np.ndarray]) -> TrainState:
-        """A state in which these parameters (and their average) and frozen variables are others.
+        """The state with new values of parameters (and of their average) and frozen variables.
 
         Args:
-            state: keeps what `variables` leaves out.
-            variables: values by path, as `weights.fitted_variables` gives them.
+            state: provides everything that `variables` leaves out.
+            variables: values by path, see `weights.pretrained.fitted_variables`.
         """
 
         def replaced(tree: Tree, places: Tree) -> Tree:
@@ -190,7 +190,7 @@ class Engine:
             return model(images, rngs=keys)
 
     def _keys(self, step: Int[Array, ""], batch_size: int) -> tuple[Array, Array, Array]:
-        """A step's randomness: of each mixing group, each image's erasing and its masks."""
+        """The random keys of a step: of mixing groups, and of each image's erasing and masks."""
         transform_key, dropout_key = jax.random.split(
             jax.random.fold_in(jax.random.key(self._seed), step)
         )
@@ -200,7 +200,7 @@ class Engine:
         return group_keys, image_keys, jax.random.split(dropout_key, batch_size)
 
     def _training_inputs(self, batch: Batch, step: Int[Array, ""]) -> tuple[Array, Array]:
-        """The images and targets that this step trains on."""
+        """The images and targets that this step trains on, mixed, normalised and erased."""
 
         def inputs(images: Array, labels: Array, group_keys: Array, image_keys: Array) -> Any:
             return self._transform.training(
@@ -212,7 +212,7 @@ class Engine:
         return over_devices(batch["image"], batch["label"], group_keys, image_keys)
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        """One update. All randomness derives from the seed and the step's number."""
+        """One update. All randomness derives from the seed and the step number."""
         batch_size = len(batch["image"])
 
         def on_device(params: Tree, frozen: Tree, *part: Array) -> tuple[Tree, dict[str, Array]]:
@@ -244,7 +244,7 @@ class Engine:
         return new_state, metrics
 
     def _updated(self, state: TrainState, gradients: Tree, is_finite: Array) -> TrainState:
-        """The state after this update, or but for the counts as it is."""
+        """The state after the update; if it is not finite, only the counts change."""
         trained = self._trained(state.params)
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, trained)
         params = state.params | optax.apply_updates(trained, updates)
@@ -273,7 +273,7 @@ class Engine:
         image_keys: Key[Array, " b"],
         dropout_keys: Key[Array, " b"],
     ) -> tuple[Tree, dict[str, Array]]:
-        """Sums over the images of one device, without a word to the others."""
+        """Sums of gradients and metrics over the images of one device, without communication."""
 
         def loss_fn(trained: Tree, part: tuple[Mixed, Array, Array]) -> tuple[Array, Array]:
             mixed, image_keys, dropout_keys = part
@@ -289,7 +289,7 @@ class Engine:
             metrics = {"loss": loss, "accuracy": num_right.astype(jnp.float32)}
             return jax.tree.map(jnp.add, sums, (gradients, metrics)), None
 
-        # Groups are mixed whole, whatever the micro-batches: as uint8 they take little memory.
+        # Mixing groups may span micro-batches, so all are mixed first: uint8 takes little memory.
         everything = (self._transform.mix(images, labels, group_keys), image_keys, dropout_keys)
         zero = jnp.zeros(())
         sums: Any = (
@@ -304,7 +304,7 @@ class Engine:
         return jax.lax.scan(add_part, sums, parts)[0]
 
     def _eval_step(self, state: TrainState, batch: Batch) -> dict[str, Array]:
-        """For each example its loss, prediction and that one's probability, its class's rank."""
+        """For each example: loss, prediction and its probability, and the rank of the label."""
 
         def on_device(params: Tree, frozen: Tree, images: Array, labels: Array) -> dict[str, Array]:
             params = sharding.gather(params, self._specs.params)
@@ -313,7 +313,7 @@ class Engine:
             prediction = logits.argmax(-1).astype(jnp.int32)
             of_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
             num_above = jnp.sum(~(logits < of_label), axis=-1, dtype=jnp.int32) - 1
-            # Of equals the first is predicted; what is not a number is never right.
+            # Of equal logits the first is the prediction; NaN is never right.
             is_right = (prediction == labels) & ~jnp.isnan(of_label[:, 0])
             return {
                 "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),

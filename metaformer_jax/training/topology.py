@@ -1,4 +1,4 @@
-"""TPUs that are not there: what a program can be compiled for on any machine."""
+"""TPU slices for which any machine can compile programs, without having them."""
 
 import difflib
 import importlib.util
@@ -10,15 +10,15 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-# What each kind's chips are arranged in, with examples from one host to the largest slice.
+# Examples of the arrangements of each kind's chips, from one host to the largest slice.
 TOPOLOGIES = {
     "v4": ("2x2x1", "2x2x2", "4x4x4", "8x8x8"),
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "4x4x4", "8x8x8"),
     "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
-# libtpu looks for the machine that it runs on; here it is none with a TPU, and two programs that
-# only compile do not disturb each other.
+# libtpu asks which machine it runs on: it is told that of a machine without a metadata server, and
+# that several programs may load it, since those that only compile do not disturb each other.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -28,9 +28,9 @@ _ENVIRONMENT = {
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a TPU slice, `"v5e:4x4"`, that programs can be compiled for, not run on.
+    """The devices of a TPU slice, such as `"v5e:4x4"`, to compile for but not to run on.
 
-    JAX then computes on the CPU: a TPU of this machine is left alone.
+    JAX then computes on the CPU, and does not use a TPU of this machine.
 
     Raises:
         ValueError: there is no such slice.
@@ -44,7 +44,7 @@ def topology_devices(name: str) -> list[jax.Device]:
         )
     os.environ.update(_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
-    # The time of a compilation is asked for, not that of reading a file.
+    # The time of a compilation is to be reported, not that of reading a file.
     jax.config.update("jax_enable_compilation_cache", False)
     # A chip's two cores are one device, as in v5p and wherever JAX runs on v4.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}

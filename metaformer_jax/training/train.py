@@ -1,4 +1,4 @@
-"""The training program: from a config to a workdir, whatever interrupts it on the way."""
+"""The training program: from a config to a workdir, with resumption after interruptions."""
 
 import contextlib
 import pathlib
@@ -57,31 +57,31 @@ def train(
     accept_config_changes: bool = False,
     console: Console | None = None,
 ) -> Evaluation:
-    """Trains what the config describes, or continues where the workdir's last checkpoint stands.
+    """Trains what the config describes, or continues from the workdir's last checkpoint.
 
-    The workdir holds `checkpoints/`, `config.json`, `class_names.json`, `metrics.jsonl`,
-    `tensorboard/`, `curves.png` and `misclassified.png`. Of several processes, which all must see
-    it, the first one writes, and keeps their compiled programs in `compiled/`.
+    The workdir gets `checkpoints/`, `config.json`, `class_names.json`, `metrics.jsonl`,
+    `tensorboard/`, `curves.png` and `misclassified.png`. If there are several processes, all of
+    them must see it; only the first one writes, and their compiled programs are in `compiled/`.
 
     Returns:
-        The evaluation of the last parameters, or of their moving average where there is one.
+        The evaluation of the last parameters, or of their moving average if there is one.
 
     Raises:
-        ValueError: the config is wrong, the workdir belongs to another one or is not one folder
+        ValueError: the config is wrong, the workdir belongs to another config or is not one folder
             for all processes, or the pretrained weights or the checkpoint do not fit.
         FileNotFoundError: there are no pretrained weights at the path.
         DataError: too many images cannot be read.
-        NonFiniteError: the loss became infinite or not a number.
+        NonFiniteError: the loss or gradient became infinite or NaN.
         PreemptedError: the run was told to end; it has saved a checkpoint.
         SaveError: a checkpoint could not be written.
-        ImportError: Weights & Biases is asked for and not installed.
+        ImportError: Weights & Biases is requested but not installed.
     """
     console = console or Console()
-    # One process tells what all do.
+    # Only the first process prints.
     console.quiet = console.quiet or not is_first_process()
     run = Run(config)
     directory = workdir / "checkpoints"
-    # What does not fit or is missing shows before a workdir is made.
+    # Whatever does not fit or is missing is reported before a workdir is created.
     if is_first_process() and config.wandb.project:
         import_wandb(config.wandb.project)
     variables = {} if saved_steps(directory) else run.pretrained_variables()
@@ -113,9 +113,9 @@ def train(
 def preview(
     config: ml_collections.ConfigDict, output: pathlib.Path, *, console: Console | None = None
 ) -> None:
-    """Draws the first training batch as the first step sees it, without the model.
+    """Draws the first training batch as the first step sees it; the model is not run.
 
-    Of several processes the first one writes, and what it draws is its own share.
+    If there are several processes, the first one writes the picture, of its own share of the batch.
 
     Raises:
         ValueError: the config is wrong, or the output cannot be written.
@@ -125,7 +125,7 @@ def preview(
     console.quiet = console.quiet or not is_first_process()
     run = Run(config)
     with run.training_batches(0) as batches:
-        # All processes of it, as the devices of all mix the batch.
+        # All processes take part, because the devices of all mix the batch.
         figure = _batch_figure(run, next(batches), 0)
     if is_first_process():
         save(figure, output)
@@ -133,7 +133,7 @@ def preview(
 
 
 class _Training:
-    """The loop over the steps, and what is done every so many of them."""
+    """The training loop, with logging, checkpoints and evaluations."""
 
     def __init__(
         self,
@@ -159,11 +159,11 @@ class _Training:
         self.held_out = ""
 
     def finish(self, variables: Variables) -> Evaluation:
-        """Trains to the end, from the newest checkpoint on or from these values."""
+        """Trains to the end, from the newest checkpoint or, without one, from these values."""
         run, engine = self._run, self._run.engine
         start_step = self.checkpoints.latest_step() or 0
         for step, accuracy in read_accuracies(self.workdir).items():
-            # Later ones are of a checkpoint that is there no more.
+            # Later ones belong to checkpoints that are gone.
             if step <= start_step:
                 self.checkpoints.evaluated(step, accuracy)
         _describe(run, self.workdir, start_step, self.console)
@@ -226,7 +226,7 @@ class _Training:
                     progress.show(step, row | speed, held_out=self.held_out)
                     writer.write(step, train=row, speed=speed)
                 if saves:
-                    # Before the evaluation: whatever ends that takes no training with it.
+                    # Before the evaluation: if that fails, no training is lost.
                     self.checkpoints.save(state, pending.to_host(), config)
                 stopped = False
                 if saves or run.is_due(config.eval_every_epochs, step):
@@ -236,7 +236,7 @@ class _Training:
                         except StoppedError:
                             stopped = True
                         except DataError:
-                            # Of several processes only one may have met the images.
+                            # With several processes, only one may have met the bad images.
                             if not saves and jax.process_count() == 1:
                                 self.checkpoints.save(state, pending.to_host(), config)
                             raise
@@ -268,9 +268,9 @@ class _Training:
         return compiled
 
     def _trace(self, stack: contextlib.ExitStack, step: int, start_step: int) -> None:
-        """Begins a profiler trace before the first of the steps, and ends it after the last.
+        """Starts a profiler trace before the first of `profile_steps`, and ends it after the last.
 
-        Of those that were done before this start the rest is traced.
+        If some of these steps were done before this start of the run, the others are traced.
         """
         if not self.config.profile_steps:
             return
@@ -284,7 +284,7 @@ class _Training:
             stack.close()
 
     def _evaluate(self, state: TrainState, step: int, writer: MetricWriter) -> Evaluation:
-        """Evaluates, and logs it; the average's evaluation, where there is one."""
+        """Evaluates and logs; returns the evaluation of the average if there is one."""
 
         def evaluated(state: TrainState) -> Evaluation:
             return evaluate_state(
@@ -305,7 +305,7 @@ class _Training:
         return evaluation
 
     def _lacks_evaluation(self, start_step: int) -> bool:
-        """Whether the run was told to end in the evaluation that follows this step."""
+        """Whether the evaluation due after this step is missing, as it was interrupted."""
         if not start_step:
             return False
         config = self.config

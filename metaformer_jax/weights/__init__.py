@@ -1,4 +1,4 @@
-"""Weights: PyTorch checkpoints in and out. Knows the models only."""
+"""Weights: reading, converting and writing checkpoints. Depends on the models only."""
 
 from metaformer_jax.weights.converted import Record, read_record
 from metaformer_jax.weights.errors import CheckpointError, DownloadError

@@ -25,21 +25,21 @@ _VARIABLES_NAME = "variables"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """Where converted weights come from, kept beside them as JSON.
+    """The origin of converted weights, kept with them as JSON.
 
     Attributes:
-        model: the published name that they belong to.
+        model: the published name to which they belong.
         num_classes: classes of the head.
         in_channels: channels of the images.
         image_size: height and width in pixels.
         params: trainable parameters.
         frozen_params: frozen ones.
         source_file: the checkpoint's file name; None for weights that were trained here.
-        source_sha256: its SHA-256.
-        source_layout: its layout.
-        source_entry: the entry of a training checkpoint that was taken.
-        date: when they were converted, in UTC.
-        format: version of the folder.
+        source_sha256: of that file.
+        source_layout: of that file.
+        source_entry: the entry of a training checkpoint that was used.
+        date: of the conversion, in UTC.
+        format: version of the folder's format.
     """
 
     model: str
@@ -139,10 +139,10 @@ def is_portable_file(path: str | os.PathLike[str]) -> bool:
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
-    """The JSON of a folder, or in the header of a portable file.
+    """The record of converted weights: the JSON of a folder, or in a portable file's header.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or of a later version.
+        CheckpointError: there is none, or it is damaged or of another version.
     """
     path = local_path(path)
     try:

@@ -1,4 +1,4 @@
-"""What goes wrong with weights: files that do not fit, and files that do not arrive."""
+"""Errors with weights: files that do not fit, and downloads that fail."""
 
 
 class CheckpointError(ValueError):
@@ -10,5 +10,5 @@ class DownloadError(RuntimeError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, without the rest of its story."""
+    """The first line of another library's error message, or the name of the error."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

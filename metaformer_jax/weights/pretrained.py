@@ -50,23 +50,23 @@ def create_model(
         pretrained: False for random weights; True for the published ones, downloaded and
             converted once and then taken from the cache; or a path to a converted folder, a
             training run's workdir, a `.safetensors` or a `.pth` file.
-        num_classes: classes of the head, by default as published. With weights, a number other
-            than the checkpoint's is the request for a fresh head: all but the head is loaded, the
-            head is random. 0 gives the pooled feature.
+        num_classes: classes of the head, by default as published; 0 for no head. With weights, a
+            number other than the checkpoint's requests a fresh head: all but the head is loaded,
+            and the head is random.
         in_channels: channels of the images. With weights, a number other than the checkpoint's
             and other than 3 changes the stem as `weights.change_in_channels` does.
         image_size: pixels per side, or (height, width), by default as published. Only RandFormer
             depends on it, and its weights load at their own size only: see
             `weights.set_image_size`.
         drop_path_rate: stochastic depth of the last block.
-        head_dropout: dropout in the head.
-        dtype: compute dtype; parameters are float32 always.
-        remat: trade time for memory in the backward pass, see `MetaFormer`.
-        scan: trade time for a shorter compilation, see `MetaFormer`.
-        rngs: randomness of the initial values and of the two rates.
+        head_dropout: dropout rate in the head.
+        dtype: compute dtype; parameters are always float32.
+        remat: trades time for memory in the backward pass, see `MetaFormer`.
+        scan: trades time for a shorter compilation, see `MetaFormer`.
+        rngs: random keys for the initial values and the masks, see `MetaFormer`.
 
     Raises:
-        ValueError: an unknown name, a number out of range, or weights that do not fit
+        ValueError: the name is unknown, a number is out of range, or the weights do not fit
             (`weights.CheckpointError`).
         FileNotFoundError: nothing is at the path.
         weights.DownloadError: the published weights could not be fetched.
@@ -103,28 +103,28 @@ def load_weights(
     class_map: PathLike | None = None,
     fit_channels: bool = False,
 ) -> None:
-    """Loads weights into a model in place, each array placed as the one that it replaces.
+    """Loads weights into a model in place; each array keeps the sharding of the one it replaces.
 
-    Without the last three everything has to fit.
+    Every array must fit, except for what the last three arguments allow.
 
     Args:
-        model: the model, built eagerly; or abstractly (`nnx.eval_shape`), where it drops nothing
-            and does not keep its head, for which the weights have no values.
+        model: the model. It may be abstract (`nnx.eval_shape`) if the weights give all its values:
+            if it has no dropout or stochastic depth and does not keep its head.
         path: a converted folder, a run's workdir, a `.safetensors` or a `.pth` file, in any layout.
-        name: the published name that neither model nor checkpoint must contradict.
-        entry: which entry of a training checkpoint to take, see `files.read_tensors`.
-        keep_head: keep the model's own head and ignore that of the checkpoint, as fine-tuning
-            for other classes needs it.
-        class_map: map an ImageNet-21K head to the model's 1000 classes, see
+        name: a published name, which must agree with the model and the checkpoint.
+        entry: which entry of a training checkpoint to use, see `files.read_tensors`.
+        keep_head: keeps the model's own head and ignores that of the checkpoint, to fine-tune for
+            other classes.
+        class_map: maps an ImageNet-21K head to the model's 1000 classes, see
             `map_head_to_imagenet_1k`.
-        fit_channels: change the checkpoint's stem to the model's channels, see
+        fit_channels: changes the checkpoint's stem to the model's channels, see
             `change_in_channels`.
 
     Raises:
-        CheckpointError: the weights do not fit; the model is as it was.
+        CheckpointError: the weights do not fit; the model is unchanged.
         FileNotFoundError: nothing is at the path.
-        ValueError: the class map is none, or the model has other classes; the name is unknown or
-            another model's; parts of the model would stay abstract.
+        ValueError: the class map is invalid, or the model does not have 1000 classes; the name is
+            unknown or belongs to another model; parts of the model would stay abstract.
     """
     filled = {path for path in variables_of(model) if not (keep_head and path[0] == "head")}
     check_has_values(model, but=filled)
@@ -150,7 +150,7 @@ def fitted_variables(
     class_map: PathLike | None = None,
     fit_channels: bool = False,
 ) -> Variables:
-    """The values that `load_weights` puts into a model, which stays as it is."""
+    """The values that `load_weights` would put into the model, which is not changed."""
     if keep_head and class_map:
         raise ValueError(
             f"`class_map` must be left out where the model keeps its own head, got {class_map!r}."
@@ -163,7 +163,7 @@ def fitted_variables(
     if name is not None:
         check_name(name, model)
     tensors = read_checkpoint(path, name=name, entry=entry).tensors
-    # Where the checkpoint's head or stem differs, it has to be whole as well.
+    # If the checkpoint's head or stem differs, its tensors must still all be there.
     info = recognise(tensors)
     num_classes = info.num_classes if keep_head or class_map else model.num_classes
     in_channels = (info.in_channels if fit_channels else None) or model.in_channels
@@ -202,10 +202,10 @@ def read_and_build(
     with_hash: bool = False,
     **settings: Any,
 ) -> tuple[MetaFormer, Variables, Checkpoint]:
-    """The abstract model that a checkpoint is of, its values, and where they come from.
+    """The abstract model that fits a checkpoint, its values, and the checkpoint.
 
-    A number of classes or channels that is given, and is not the checkpoint's, is left to the
-    caller to change afterwards: the model is built as the checkpoint is.
+    The model has the checkpoint's numbers of classes and channels. If others are given, the caller
+    changes the model afterwards.
 
     Raises:
         CheckpointError: the checkpoint does not fit.
@@ -223,12 +223,12 @@ def read_and_build(
 
 
 def build_abstract(name: str, **settings: Any) -> MetaFormer:
-    """The model with shapes in place of arrays, which takes a fraction of the time."""
+    """The model with shapes instead of arrays, which takes a fraction of the time to build."""
     return nnx.eval_shape(lambda: models.create_model(name, rngs=nnx.Rngs(0), **settings))
 
 
 def fill(model: MetaFormer, variables: Variables) -> None:
-    """Puts values into a model, each placed as the array that it replaces."""
+    """Puts values into a model, each with the sharding of the array that it replaces."""
     targets = variables_of(model)
     old = {path: targets[path].get_value() for path in variables}
     placed = {
@@ -237,7 +237,7 @@ def fill(model: MetaFormer, variables: Variables) -> None:
         if isinstance(old[path], jax.Array)
     }
     rest = {path: values for path, values in variables.items() if path not in placed}
-    # Nobody writes to the values any more: where the device reads host memory, it may use theirs.
+    # The values are not written to any more, so a device that reads host memory may use theirs.
     placed |= jax.device_put(rest, may_alias=True)
     for path, array in placed.items():
         targets[path].set_value(array)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its keys and shapes alone."""
+"""Recognises what a checkpoint is, from its keys and shapes alone."""
 
 import dataclasses
 import re
@@ -38,14 +38,14 @@ _STEM: tuple[Path, ...] = (("downsample_layers", 0, "conv", "kernel"),)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What keys and shapes tell.
+    """What is known of a checkpoint from its keys and shapes.
 
     Attributes:
         layout: `"sail"`, `"timm"` or `"flax"`.
-        architectures: the published ones with these blocks; none for a network of one's own, two
-            where IdentityFormer and PoolFormerV2 cannot be told apart.
+        architectures: the published architectures with these blocks. Empty for other networks; two
+            for IdentityFormer and PoolFormerV2, which cannot be distinguished.
         num_classes: classes of the head; 0 without a head.
-        in_channels: channels of the images; None where the stem is missing.
+        in_channels: channels of the images; None if the stem is missing.
     """
 
     layout: str
@@ -55,10 +55,10 @@ class CheckpointInfo:
 
 
 def recognise(tensors: Mapping[str, np.ndarray]) -> CheckpointInfo:
-    """Says what a checkpoint is.
+    """Recognises what a checkpoint is.
 
     Raises:
-        CheckpointError: the keys are those of no MetaFormer.
+        CheckpointError: the keys are not those of a MetaFormer.
     """
     matches = {
         layout: sum(bool(re.fullmatch(_MARKS[layout], k)) for k in tensors) for layout in LAYOUTS
@@ -80,7 +80,7 @@ def recognise(tensors: Mapping[str, np.ndarray]) -> CheckpointInfo:
 
 
 def published_architecture(spec: MetaFormerSpec) -> str | None:
-    """The published architecture with this specification; None for one's own."""
+    """The published architecture with this specification; None if there is none."""
     return next((name for name in ARCHITECTURES if model_spec(name) == spec), None)
 
 

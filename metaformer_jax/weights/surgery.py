@@ -1,4 +1,4 @@
-"""Changes to a model with weights, before it is fine-tuned: head, classes, channels, image size."""
+"""Changes to a trained model before fine-tuning: head, classes, channels, image size."""
 
 import json
 import os
@@ -25,14 +25,14 @@ def replace_head(
 ) -> None:
     """Gives the model a head with random weights for another number of classes, in place.
 
-    The whole head is drawn anew: of an MLP head the hidden layer too. Where all dropout of the
-    model is in evaluation mode, so is that of the head.
+    The whole head is initialised anew, including the hidden layer of an MLP head. If all dropout of
+    the model is in evaluation mode, so is that of the new head.
 
     Args:
-        model: anything before the head stays as it is.
-        num_classes: classes of the new head; 0 leaves the head out.
-        head_dropout: dropout in the head, by default as the old head has it.
-        rngs: randomness of the initial values and of the dropout.
+        model: everything before the head is unchanged.
+        num_classes: classes of the new head; 0 for no head.
+        head_dropout: dropout rate in the head, by default that of the old head.
+        rngs: random keys for the initial values and the dropout.
 
     Raises:
         ValueError: `num_classes` is negative, or `head_dropout` not in [0, 1).
@@ -57,17 +57,18 @@ def replace_head(
 def map_head_to_imagenet_1k(model: MetaFormer, class_map: str | os.PathLike[str]) -> None:
     """Turns an ImageNet-21K head into one for ImageNet-1K, class by class, in place.
 
-    Row by row the last layer takes over the class of the same meaning; class 850, which has no
-    counterpart, starts at the mean of all 21841. The rest of the head stays as it is.
+    Each class of the last layer takes the weights of the ImageNet-21K class with the same meaning;
+    class 850, which has no counterpart, starts at the mean of all 21841. The rest of the head is
+    unchanged.
 
     Args:
         model: a model with 21841 classes.
         class_map: a JSON file with two lists of the same length: `in1k_idx`, classes of
-            ImageNet-1K, and `in21k_idx`, the class of the 21841 that each of them is.
+            ImageNet-1K, and `in21k_idx`, the class of the 21841 that corresponds to each.
 
     Raises:
-        ValueError: the model has another head, or the map is not of this form, names a class
-            twice or out of range, or leaves out another class than 850; or the model is abstract.
+        ValueError: the model does not have 21841 classes or is abstract; or the map does not have
+            this form, names a class twice or out of range, or lacks a class other than 850.
     """
     if model.num_classes != NUM_IMAGENET_21K:
         raise ValueError(
@@ -88,11 +89,11 @@ def map_head_to_imagenet_1k(model: MetaFormer, class_map: str | os.PathLike[str]
 
 
 def change_in_channels(model: MetaFormer, in_channels: int) -> None:
-    """Makes the stem take another number of channels, in place.
+    """Changes the number of input channels of the stem, in place.
 
-    More channels: those of before come first and keep their filters, the new ones start at zero,
-    so that the model answers as it did, whatever the new channels hold. Fewer: each gets the mean
-    filter, scaled so that the model answers as it did to images whose channels are all alike.
+    With more channels, the old ones come first and keep their filters, and the new ones start at
+    zero: the model's output does not depend on them at first. With fewer channels, each gets the
+    mean filter, scaled so that images whose channels are all equal give the same output as before.
 
     Raises:
         ValueError: `in_channels` is below 1, or the model is abstract.
@@ -115,12 +116,11 @@ def change_in_channels(model: MetaFormer, in_channels: int) -> None:
 def set_image_size(
     model: MetaFormer, image_size: int | tuple[int, int], *, resample: bool = False
 ) -> None:
-    """Makes the model one for another image size, in place.
+    """Changes the image size that the model is built for, in place.
 
-    Models without RandomMixing take any size as they are. RandFormer's matrices belong to one
-    number of tokens; they are refused here, or on request resampled: bilinearly over the
-    positions of both the token that is made and the tokens that it is made of, then scaled so
-    that each row sums to 1 again.
+    Models without RandomMixing accept any size as they are. RandFormer's matrices fit one number of
+    tokens: another size is refused unless `resample` is given. They are then resampled bilinearly
+    over the positions of output and input tokens, and scaled so that each row sums to 1 again.
 
     Args:
         model: the model.
@@ -128,8 +128,8 @@ def set_image_size(
         resample: whether random matrices may be resampled.
 
     Raises:
-        ValueError: the model has random matrices of another size and `resample` is not given, or
-            the size is too small for the model, or the model is abstract.
+        ValueError: the model has random matrices of another size and `resample` is not given, the
+            size is too small for the model, or matrices to be resampled are abstract.
     """
     size = as_pair(image_size)
     resolutions = model.spec.stage_resolutions(size)

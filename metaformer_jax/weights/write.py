@@ -30,7 +30,7 @@ def save_weights(
     force: bool = False,
     **source: Any,
 ) -> converted.Record:
-    """Writes a model's weights: a converted folder, or by its suffix a single file.
+    """Writes a model's weights: a converted folder or, depending on the suffix, a single file.
 
     Args:
         model: the model, with all its arrays on this host's devices.
@@ -38,16 +38,16 @@ def save_weights(
             the like, by default in the sail layout, which needs torch.
         name: the published name that the model was built by.
         layout: of a file: `"sail"`, `"timm"` or `"flax"`.
-        force: replace an earlier output.
-        **source: the fields of `converted.Record` that tell where the weights come from.
+        force: replaces an earlier output.
+        **source: the fields of `converted.Record` that describe where the weights come from.
 
     Returns:
-        What stands in the folder's JSON.
+        The record that is written with the weights.
 
     Raises:
-        FileExistsError: something is there.
-        ValueError: an unknown name or another model's, the layout cannot hold the model, or the
-            model is abstract, or has parameters in another type than float32, float16 or bfloat16.
+        FileExistsError: something is at the path.
+        ValueError: the name is unknown or belongs to another model, the layout cannot hold the
+            model, the model is abstract, or a parameter is not float32, float16 or bfloat16.
     """
     check_has_values(model)
     variables = {key: np.asarray(value[...]) for key, value in variables_of(model).items()}
@@ -66,7 +66,7 @@ def write_variables(
     force: bool = False,
     **source: Any,
 ) -> converted.Record:
-    """`save_weights` of values that stand beside the model, which may be abstract."""
+    """`save_weights` of values that are given apart from the model, which may be abstract."""
     check_name(name, model)
     check_dtypes(variables)
     layout = check_destination(path, name=name, layout=layout, force=force)
