@@ -2,7 +2,10 @@
 
 import argparse
 import collections
+import os
 import pathlib
+import resource
+import stat
 import sys
 
 import numpy as np
@@ -179,6 +182,28 @@ def test_written_files_hold_arrays_of_any_strides(tmp_path, name):
     tensors, _ = read_tensors(tmp_path / name)
     np.testing.assert_array_equal(tensors["strided"], strided)
     np.testing.assert_array_equal(tensors["read_only"], strided)
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
+def test_written_files_have_the_rights_that_the_umask_leaves(tmp_path, name):
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / name, TENSORS, {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
+def test_a_file_that_cannot_be_written_to_its_end_is_an_error_of_the_system(tmp_path, name):
+    tensors = {"a": np.zeros(1 << 16, np.float32)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match=r"must be written whole, got \S+, which was not"):
+            write_tensors(tmp_path / name, tensors, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_paths_that_are_no_files_are_said_to_be_none(tmp_path):

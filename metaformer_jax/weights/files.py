@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import re
+import stat
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -129,17 +130,41 @@ def write_tensors(
         tensors: float32, float16 or bfloat16 arrays by key.
         metadata: kept in a safetensors file's header, beside the tensors' checksum; a PyTorch file
             holds the tensors alone.
+
+    Raises:
+        OSError: it could not be written.
     """
-    if pathlib.Path(path).suffix == SAFETENSORS:
+    path = pathlib.Path(path)
+    if path.suffix == SAFETENSORS:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         # The writer takes the memory as it stands, whatever the strides are.
         contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
         checksum = crc32c_of_tensors(contiguous, metadata)
-        save_file(contiguous, path, metadata={**metadata, _CHECKSUM_KEY: checksum})
+        # It puts a file of its own in this one's place, which its owner alone may read.
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        with _as_os_error(path, SafetensorError):
+            save_file(contiguous, path, metadata={**metadata, _CHECKSUM_KEY: checksum})
+        path.chmod(mode)
     else:
         torch = import_torch()
-        torch.save({key: _to_torch(tensor) for key, tensor in tensors.items()}, path)
+        with _as_os_error(path, RuntimeError):
+            torch.save({key: _to_torch(tensor) for key, tensor in tensors.items()}, path)
+
+
+@contextlib.contextmanager
+def _as_os_error(path: pathlib.Path, kind: type[Exception]) -> Iterator[None]:
+    # Both libraries say in a way of their own that a disk is full.
+    try:
+        yield
+    except kind as error:
+        reason = str(error).rstrip(".")
+        raise OSError(
+            f"The file must be written whole, got {path}, which was not: {reason}. Make room, or "
+            "choose another place."
+        ) from error
 
 
 def import_torch() -> Any:
