@@ -41,7 +41,9 @@ def test_a_plain_state_dict_of_either_torch_format_is_read(tmp_path, zip_format)
 
 
 @pytest.mark.parametrize("entry", ["state_dict", "model", "state_dict_ema", "model_ema"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "model._orig_mod."]
+)
 def test_what_training_scripts_save_is_unwrapped(tmp_path, entry, prefix):
     path = tmp_path / "training.pth.tar"
     content = {
@@ -54,6 +56,22 @@ def test_what_training_scripts_save_is_unwrapped(tmp_path, entry, prefix):
     }
     torch.save(content, path)
     assert_read(path, entry=entry)
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_what_averages_weights_is_unwrapped(tmp_path, wraps):
+    model = torch.nn.Sequential(collections.OrderedDict(fc=torch.nn.Linear(3, 2)))
+    averaged = torch.optim.swa_utils.AveragedModel(model).state_dict()
+    torch.save({"model_ema": averaged} if wraps else averaged, tmp_path / "averaged.pth")
+    tensors, entry = read_tensors(tmp_path / "averaged.pth")
+    assert entry == ("model_ema" if wraps else None)
+    assert set(tensors) == {"fc.weight", "fc.bias"}
+    np.testing.assert_array_equal(tensors["fc.weight"], model.fc.weight.detach().numpy())
+
+
+def test_a_count_of_anything_else_is_left_where_it_is(tmp_path):
+    torch.save({**torch_state_dict(), "n_averaged": torch.tensor(3)}, tmp_path / "other.pth")
+    assert set(read_tensors(tmp_path / "other.pth")[0]) == {*TENSORS, "n_averaged"}
 
 
 def test_the_averaged_weights_come_first_and_the_others_on_request(tmp_path):
@@ -134,6 +152,9 @@ def test_tensors_without_dense_numbers_are_refused_by_key(tmp_path):
     path = tmp_path / "sparse.pth"
     torch.save({"weight": torch.eye(3).to_sparse()}, path)
     with pytest.raises(CheckpointError, match="'weight'"):
+        read_tensors(path)
+    torch.save({"weight": torch.empty(3, device="meta")}, path)
+    with pytest.raises(CheckpointError, match="on meta under 'weight'"):
         read_tensors(path)
 
 

@@ -232,7 +232,11 @@ def test_a_path_to_nothing_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         create_model(SMALL, pretrained=tmp_path / "nothing", rngs=nnx.Rngs(0))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"no metaformer\.json"):
+    with pytest.raises(CheckpointError, match=r"no metaformer\.json.*convert"):
+        create_model(SMALL, pretrained=tmp_path / "empty", rngs=nnx.Rngs(0))
+    for name in ("README.md", "model.safetensors"):
+        (tmp_path / "empty" / name).touch()
+    with pytest.raises(CheckpointError, match=r"no metaformer\.json.* such as .*model\.safeten"):
         create_model(SMALL, pretrained=tmp_path / "empty", rngs=nnx.Rngs(0))
 
 

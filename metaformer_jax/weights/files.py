@@ -24,8 +24,10 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # Under which training scripts keep the weights. The first that is there counts: where a script
 # keeps an average of the weights as well, that average is what it evaluates.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What wrappers put before every key: DataParallel, torch.compile.
-_PREFIXES = ("module.", "_orig_mod.")
+# What wrappers put before every key: DataParallel, torch.compile, Lightning's modules by custom.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+# What torch's AveragedModel keeps beside what is under "module.": of how many steps it is the mean.
+_NUM_AVERAGED = "n_averaged"
 # What the header of a safetensors file says beside the tensors begins with this where this project
 # wrote it.
 OWN_KEY = "metaformer_jax"
@@ -316,11 +318,14 @@ def _to_numpy(key: str, value: Any, path: pathlib.Path) -> np.ndarray:
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"`path` must hold dense floating-point tensors, got {path} with {value.dtype}, "
-            f"{value.layout} under {key!r}."
+            f"{value.layout}, on {value.device} under {key!r}."
         ) from error
 
 
 def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    averaged = {key: tensor for key, tensor in tensors.items() if key != _NUM_AVERAGED}
+    if averaged and all(key.startswith("module.") for key in averaged):
+        tensors = averaged
     for prefix in _PREFIXES * 2:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
