@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 import metaformer_jax
@@ -191,6 +192,7 @@ def test_images_that_do_not_fit_are_refused_before_compiling(shape, message):
         (np.zeros((2, 32, 32, 3), np.uint8), "uint8"),
         (np.zeros((2, 32, 32, 3), np.complex64), "complex64"),
         ([np.zeros((32, 32, 3), np.float32)], "list"),
+        (torch.zeros((2, 32, 32, 3)), "Tensor"),
     ],
 )
 def test_images_that_are_no_array_of_floats_are_refused(images, kind):
@@ -294,6 +296,16 @@ def test_specs_that_contradict_themselves_are_refused(fields, message):
     valid = {"depths": (1, 1), "dims": (8, 8), "token_mixers": (Pooling, Pooling)}
     with pytest.raises(ValueError, match=message):
         MetaFormerSpec(**{"res_scale_init": (None, None), **valid, **fields})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [("kernel_size", 0, 1), ("kernel_size", 2.0, 1), ("stride", 0, 1), ("padding", -1, 0)],
+)
+def test_convolutions_that_make_no_sense_are_refused(field, value, least):
+    message = f"`{field}` must be a whole number of at least {least}, got {value}"
+    with pytest.raises(ValueError, match=message):
+        ConvGeometry(**{"kernel_size": 2, "stride": 2, "padding": 0, field: value})
 
 
 @pytest.mark.parametrize(("remat", "scan"), [("none", 0), ("mlp", 0), ("block", 1)])

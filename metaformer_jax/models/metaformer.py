@@ -11,7 +11,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.arguments import as_pair, at_least, check_rate, is_floating, whole
+from metaformer_jax.models.arguments import (
+    as_pair,
+    at_least,
+    check_rate,
+    check_rngs,
+    is_floating,
+    whole,
+)
 from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.layers import (
     Downsampling,
@@ -28,11 +35,19 @@ from metaformer_jax.models.stages import drops, remat_here, remat_name, run_bloc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvGeometry:
-    """Kernel size, stride and padding of a downsampling convolution, in pixels."""
+    """Kernel size, stride and padding of a downsampling convolution, in pixels.
+
+    Raises:
+        ValueError: a number is not whole, or out of range.
+    """
 
     kernel_size: int
     stride: int
     padding: int
+
+    def __post_init__(self):
+        for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0)):
+            object.__setattr__(self, name, at_least(least, **{name: getattr(self, name)}))
 
     def out_size(self, size: int) -> int:
         """The output's height (width) for an input's; below 1 where the input is too small."""
@@ -278,10 +293,12 @@ class MetaFormer(nnx.Module):
 
     def _check_images(self, images: Array) -> None:
         if not is_floating(getattr(images, "dtype", None)):
-            kind = getattr(images, "dtype", type(images).__name__)
+            # Other libraries' arrays have types of their own, whose names would look right.
+            is_array = isinstance(images, np.ndarray | jax.Array)
+            kind = images.dtype if is_array else type(images).__name__
             raise ValueError(
-                f"`images` must be an array of floating-point numbers, normalised, got {kind}. Of "
-                "pixels from 0 to 255 that is (images / 255 - mean) / std."
+                "`images` must be NumPy's or JAX's array of floating-point numbers, normalised, "
+                f"got {kind}. Of pixels from 0 to 255 that is (images / 255 - mean) / std."
             )
         if images.ndim != 4:
             raise ValueError(
@@ -326,9 +343,7 @@ class _ParamKeys(nnx.RngStream):
 
 
 def _with_fast_param_keys(rngs: nnx.Rngs) -> nnx.Rngs:
-    if not isinstance(rngs, nnx.Rngs):
-        kind = type(rngs).__name__
-        raise ValueError(f"`rngs` must be nnx.Rngs, got {kind}. Give nnx.Rngs(seed).")
+    check_rngs(rngs)
     fast = nnx.Rngs()
     for name, stream in (*rngs.items(), ("params", _ParamKeys(rngs.params()))):
         setattr(fast, name, stream)

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import depthwise_banded
+from metaformer_jax.models.arguments import at_least
 from metaformer_jax.models.attention import dot_product_attention
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.lanes import is_for_tpus
@@ -98,7 +99,7 @@ class Pooling(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del dim, resolution, dtype, rngs
-        self.pool_size = pool_size
+        self.pool_size = at_least(1, pool_size=pool_size)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         # The difference of two close numbers: in bfloat16 little of it would be left.
@@ -180,7 +181,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del resolution
-        self.head_dim = head_dim
+        self.head_dim = head_dim = at_least(1, head_dim=head_dim)
         self.num_heads = max(1, dim // head_dim)
         attention_dim = self.num_heads * head_dim
         self.qkv = Linear(dim, 3 * attention_dim, dtype=dtype, rngs=rngs)
