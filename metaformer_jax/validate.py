@@ -13,6 +13,7 @@ from absl import logging
 from rich.console import Console
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
 
 
 def main(
@@ -62,9 +63,12 @@ def main(
             eval_interpolation=options.interpolation,
         )
         evaluation.evaluate(config, console=Console())
-    except (ValueError, FileNotFoundError, ImportError, DownloadError, DataError) as error:
+    except (ValueError, OSError, ImportError, DownloadError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from metaformer_jax import validate
 from metaformer_jax.data.device import normalize
+from metaformer_jax.training import evaluation
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.pretrained import build_abstract, fill
 from metaformer_jax.weights.write import write_variables
@@ -71,6 +72,7 @@ def test_it_prints_the_accuracy_of_the_models_own_answers(folder, capsys):
             ["imagenet", "--model", NAME, "--checkpoint", "gone.pth"],
             "existing checkpoint, got gone",
         ),
+        (["imagenet", "--model", NAME, "--checkpoint", "x" * 300], "File name too long"),
         (["imagenet", "--model", NAME, "-b", "0"], "`config.eval_batch_size` must be positive"),
         (["imagenet", "--model", NAME, "--img-size", "0"], "image_size` must be positive, got 0"),
         (["imagenet", "--model", NAME, "--crop-pct", "2"], "`crop_fraction` must be in"),
@@ -82,3 +84,12 @@ def test_a_mistake_is_one_line(folder, arguments, message, monkeypatch, capsys):
     errors = capsys.readouterr().err
     assert message in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_an_interrupt_is_one_line(folder, monkeypatch, capsys):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", interrupt)
+    assert validate.main([str(folder[0] / "imagenet"), "--model", NAME]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"

@@ -53,8 +53,25 @@ def test_one_command_draws_it_below_the_home_folder_too(tmp_path, capsys, monkey
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("accuracy.gif", "must end in .png, .svg or .pdf"), ("gone/accuracy.png", "that is there")],
+    [
+        ("accuracy.gif", "must end in .png, .svg or .pdf"),
+        ("gone/accuracy.png", "that is there"),
+        ("folder.png", "must be a file that can be written, got 'folder.png'"),
+    ],
 )
-def test_a_picture_that_cannot_be_written_is_refused_before_counting(path, message, capsys):
+def test_a_picture_that_cannot_be_written_is_refused_before_counting(
+    path, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     assert zoo.main(["--plot", path]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zoo, "_count", interrupt)
+    assert zoo.main(["identityformer_s12"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
