@@ -370,6 +370,14 @@ def test_class_names_come_from_a_file_or_from_the_data(run, call, tmp_path):
     assert "names are not known" in classifier.notes[0]
 
 
+def test_a_classifier_refuses_what_are_no_pixels_and_no_size(run):
+    with pytest.raises(ValueError, match=r"`image_size` .* at least 1, got \(32, 48\)"):
+        load_classifier(weights=run[0] / "run", image_size=(32, 48))
+    classifier = load_classifier(weights=run[0] / "run")
+    with pytest.raises(ValueError, match="from 0 to 255 in uint8, got float32"):
+        classifier.probabilities(np.zeros((1, 32, 32, 1), np.float32))
+
+
 def test_files_are_found_once_and_in_order(run, monkeypatch):
     monkeypatch.chdir(run[0])
     paths, problems = find_images(["digits/deeper/4.png", "digits", "digits/**/*.png"])

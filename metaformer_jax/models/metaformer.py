@@ -255,7 +255,7 @@ class MetaFormer(nnx.Module):
         Raises:
             ValueError: the images have another rank, channel count or size than the model takes.
         """
-        self._check_images(images)
+        self.check_images(images)
         if not isinstance(rngs, nnx.Rngs | ImageKeys | None):
             raise ValueError(
                 f"`rngs` must be nnx.Rngs or ImageKeys, got {type(rngs).__name__}. With a single "
@@ -291,7 +291,13 @@ class MetaFormer(nnx.Module):
         x = self.pool(self.features(images, rngs=rngs)[-1])
         return x if self.head is None else self.head(x, rngs=rngs)
 
-    def _check_images(self, images: Array) -> None:
+    def check_images(self, images: Array) -> None:
+        """Refuses what the model does not take, by type and shape alone.
+
+        Raises:
+            ValueError: the images are no array of floating-point numbers, or have another rank,
+                channel count or size.
+        """
         if not is_floating(getattr(images, "dtype", None)):
             # Other libraries' arrays have types of their own, whose names would look right.
             is_array = isinstance(images, np.ndarray | jax.Array)

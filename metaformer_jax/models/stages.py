@@ -129,11 +129,11 @@ def _dropouts(block: Any) -> list[Dropout]:
     return [part for _, part in nnx.iter_modules(block) if isinstance(part, Dropout)]
 
 
-def drops(block: Any) -> bool:
-    """Whether anything in the block drops what it is given, which takes keys."""
+def drops(module: nnx.Module) -> bool:
+    """Whether anything in a block or model drops what it is given, which takes keys."""
     return any(
         isinstance(part, nnx.Dropout) and not part.deterministic
-        for _, part in nnx.iter_modules(block)
+        for _, part in nnx.iter_modules(module)
     )
 
 
