@@ -83,6 +83,8 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
             parser.error(f"a PyTorch file, {path}, takes --reverse")
         if path.resolve() == args.input.resolve():
             parser.error(f"INPUT and --output must differ, both are {path}")
+    if len({path.resolve() for path in args.output}) < len(args.output):
+        parser.error(f"each --output must be another, got {' and '.join(map(str, args.output))}")
     return args
 
 

@@ -109,7 +109,8 @@ def answer(
     """What the page shows for a picture: probabilities by class, and the picture with its maps.
 
     Raises:
-        ValueError: the model, its weights or the stage are wrong.
+        ValueError: the model, its weights or the stage are wrong, or the picture's numbers have 32
+            bits.
         FileNotFoundError: there are no weights at the path.
         weights.DownloadError: the published weights could not be fetched.
     """
@@ -117,13 +118,13 @@ def answer(
         return {}, None
     import numpy as np
 
+    from metaformer_jax.data.transforms import in_channels
     from metaformer_jax.inference.drawing import Explanation, explanations_figure, to_array
     from metaformer_jax.inference.results import likeliest
 
     classifier = load(name, weights)
     explainer = _explainer(name, weights, stage)
-    mode = "RGB" if classifier.transform.channels == 3 else "L"
-    pixels = classifier.transform.of_image(image.convert(mode))
+    pixels = classifier.transform.of_image(in_channels(image, classifier.transform.channels))
     guesses = likeliest(
         np.asarray(classifier.probabilities(pixels[None]))[0], classifier.class_names, top=TOP
     )
@@ -191,8 +192,14 @@ def build_page(name: str | None, weights: str) -> Any:
     with gr.Blocks(title="metaformer_jax", analytics_enabled=False) as page:
         gr.Markdown("# What does it show?\nA picture through one MetaFormer, or through two.")
         with gr.Row():
+            # Of 16 bits for a pixel, gradio's own conversion would leave white.
             picture = gr.Image(
-                type="pil", sources=["upload", "clipboard"], label="picture", height=260, buttons=[]
+                type="pil",
+                image_mode=None,
+                sources=["upload", "clipboard"],
+                label="picture",
+                height=260,
+                buttons=[],
             )
             with gr.Column():
                 compares = gr.Checkbox(label="compare two models", elem_id="compares")

@@ -4,9 +4,11 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from metaformer_jax.models import Attention, MetaFormer
+from metaformer_jax.models.stages import drops
 
 
 def grad_cam(
@@ -31,9 +33,10 @@ def grad_cam(
         For each image a map with the stage's height and width, float32, not negative.
 
     Raises:
-        ValueError: there is no such stage, the model has no head, or there is not one class for
-            each image.
+        ValueError: there is no such stage, the model drops something or has no head, or there is
+            not one class for each image; or a class is none, if it is known when this is traced.
     """
+    _check_drops_nothing(model)
     stage = _checked_stage(model, stage)
     if model.head is None:
         raise ValueError(
@@ -44,6 +47,14 @@ def grad_cam(
             f"`classes` must have shape ({len(images)},), one for each image, got "
             f"{jnp.shape(classes)}."
         )
+    if classes is not None and not isinstance(classes, jax.core.Tracer):
+        given = np.asarray(classes)
+        is_class = (given >= 0) & (given < model.num_classes)
+        if given.dtype.kind not in "iu" or not is_class.all():
+            raise ValueError(
+                f"`classes` must be whole numbers in [0, {model.num_classes}), got "
+                f"{given[~is_class].tolist() or given.dtype}."
+            )
     features = model.features(images)[stage]
     chosen = jnp.argmax(_logits(model, features, stage), axis=-1) if classes is None else classes
 
@@ -72,8 +83,11 @@ def attention_maps(
         sums to one. Tokens are numbered row by row over the stage's height and width.
 
     Raises:
-        ValueError: there is no such stage, or its blocks have no attention.
+        ValueError: there is no such stage, or its blocks have no attention; or the model drops
+            something.
     """
+    _check_drops_nothing(model)
+    model.check_images(images)
     stage = _checked_stage(model, stage)
     if not has_attention(model, stage):
         with_attention = [
@@ -114,6 +128,14 @@ def has_attention(model: MetaFormer, stage: int = -1) -> bool:
     """Whether `attention_maps` works for a stage."""
     blocks = model.stages[_checked_stage(model, stage)]
     return all(isinstance(block.token_mixer, Attention) for block in blocks)
+
+
+def _check_drops_nothing(model: MetaFormer) -> None:
+    if drops(model):
+        raise ValueError(
+            "`model` must be in evaluation mode to be explained, got one that drops paths or "
+            "features at random. Call model.eval() first."
+        )
 
 
 def _checked_stage(model: MetaFormer, stage: int) -> int:

@@ -106,7 +106,10 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
@@ -159,9 +162,10 @@ def _predict(args: argparse.Namespace) -> int:
     for output in (args.output, args.explain):
         if output and output.expanduser().resolve() in {path.resolve() for path in paths}:
             return _failed(f"{output} is a picture to predict, and would be replaced.")
-    class_names = None
-    if args.class_names:
-        class_names = args.class_names.expanduser().read_text(encoding="utf-8").splitlines()
+    outputs = [path.expanduser().resolve() for path in (args.output, args.explain) if path]
+    if len(set(outputs)) < len(outputs):
+        return _failed(f"--output and --explain must be two files, got {args.output} for both.")
+    class_names = _read_class_names(args.class_names) if args.class_names else None
 
     from metaformer_jax.inference.classifier import load_classifier
     from metaformer_jax.weights.outputs import whole_output
@@ -192,6 +196,16 @@ def _predict(args: argparse.Namespace) -> int:
                 report.say(f"note: {args.explain} shows the first {MAX_EXPLAINED} pictures.")
             drawing.explain_pictures(explainer, explained, picture)
     return SOME_LEFT_OUT if report.num_left_out else 0
+
+
+def _read_class_names(path: pathlib.Path) -> list[str]:
+    try:
+        return path.expanduser().read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--class-names must be a text in UTF-8, got {path}, which is not: {error.reason} at "
+            f"byte {error.start}."
+        ) from error
 
 
 class _Report:

@@ -65,7 +65,7 @@ def main(
             eval_interpolation=options.interpolation,
         )
         evaluation.evaluate(config, console=Console())
-    except (ValueError, FileNotFoundError, ImportError, DownloadError, DataError) as error:
+    except (ValueError, OSError, ImportError, DownloadError, DataError) as error:
         return _failed(error)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
 
 _COLOURS = {
     "identityformer": "#8a8a8a",
@@ -62,21 +63,25 @@ def main(
         help="draw the published accuracies against the counts, as .png, .svg or .pdf",
     )
     options = parser.parse_args(arguments)
-    pattern, plot = options.pattern, options.plot and options.plot.expanduser()
+    try:
+        _show(options.pattern, options.plot and options.plot.expanduser())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _show(pattern: str | None, plot: pathlib.Path | None) -> None:
     # --help does not wait for JAX.
     from metaformer_jax import models
 
     names = models.list_models(pattern)
     if not names:
-        print(
-            "error: no published model matches. Without a pattern all are listed.", file=sys.stderr
-        )
-        return USAGE_ERROR
-    try:
-        _check_plot(plot)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        raise ValueError("no published model matches. Without a pattern all are listed.")
+    _check_plot(plot)
     counted = {}
     table = Table(title=f"{len(names)} published models")
     table.add_column("name", no_wrap=True)
@@ -108,7 +113,6 @@ def main(
     if plot:
         figure_of(counted).savefig(plot, dpi=100)
         print(f"{plot}: the published accuracies against the counts")
-    return 0
 
 
 def figure_of(counted: Mapping[str, "models.Counts"]) -> "Figure":

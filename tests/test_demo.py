@@ -65,6 +65,15 @@ def test_the_answer_is_the_models_with_its_maps(run):
     assert picture.std() > 10
 
 
+def test_of_16_bits_the_upper_8_are_shown_to_the_model(run):
+    folder, _, _ = run
+    image = Image.open(folder / "digit.png").convert("L")
+    deep = Image.fromarray(np.asarray(image, np.uint16) * 256)
+    assert deep.mode == "I;16"
+    question = (demo.BY_WEIGHTS, str(folder / "run"), "2")
+    assert demo.answer(deep, *question)[0] == demo.answer(image, *question)[0]
+
+
 def test_without_a_picture_there_is_no_answer():
     assert demo.answer(None, "caformer_s18", "", demo.LAST_STAGE) == ({}, None)
 

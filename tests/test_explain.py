@@ -168,12 +168,37 @@ def test_received_attention_is_a_share_for_each_place(model):
         (lambda m, x: explain.grad_cam(m, x, stage=2), r"`stage` must be in \[0, 2\).*got 2"),
         (lambda m, x: explain.grad_cam(m, x, stage=-3), "`stage` must be in"),
         (lambda m, x: explain.grad_cam(m, x, np.array([1])), r"shape \(2,\), one for each image"),
+        (lambda m, x: explain.grad_cam(m, x, np.array([6, 7])), r"numbers in \[0, 7\), got \[7\]"),
+        (
+            lambda m, x: explain.grad_cam(m, x, np.array([-1, 0])),
+            r"numbers in \[0, 7\), got \[-1\]",
+        ),
+        (
+            lambda m, x: explain.grad_cam(m, x, np.array([1.0, 2.0])),
+            r"numbers in \[0, 7\), got float64",
+        ),
         (lambda m, x: explain.attention_maps(m, x, 0), "with attention, got 0.*in 1\\."),
+        (lambda m, x: explain.attention_maps(m, x.astype(np.uint8), 1), "got uint8"),
     ],
 )
 def test_what_cannot_be_explained_is_said(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model, images_of(2, 32))
+
+
+@pytest.mark.parametrize("rate", ["drop_path_rate", "head_dropout"])
+@pytest.mark.parametrize("function", [explain.grad_cam, explain.attention_maps])
+def test_what_drops_at_random_is_not_explained(rate, function):
+    model = MetaFormer(SPEC, num_classes=7, image_size=32, **{rate: 0.5}, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"evaluation mode.*Call model\.eval"):
+        function(model, images_of(1, 32))
+
+
+def test_images_of_a_first_stage_with_attention_are_checked():
+    spec = MetaFormerSpec(depths=(1,), dims=(8,), token_mixers=(Attention,), res_scale_init=(None,))
+    model = MetaFormer(spec, num_classes=7, image_size=32, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="normalised, got uint8"):
+        explain.attention_maps(model, np.zeros((1, 32, 32, 3), np.uint8), 0)
 
 
 def test_a_model_without_a_head_has_no_class_to_explain():

@@ -2,7 +2,10 @@
 
 import argparse
 import collections
+import os
 import pathlib
+import resource
+import stat
 import sys
 
 import numpy as np
@@ -38,7 +41,9 @@ def test_a_plain_state_dict_of_either_torch_format_is_read(tmp_path, zip_format)
 
 
 @pytest.mark.parametrize("entry", ["state_dict", "model", "state_dict_ema", "model_ema"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "model._orig_mod."]
+)
 def test_what_training_scripts_save_is_unwrapped(tmp_path, entry, prefix):
     path = tmp_path / "training.pth.tar"
     content = {
@@ -51,6 +56,22 @@ def test_what_training_scripts_save_is_unwrapped(tmp_path, entry, prefix):
     }
     torch.save(content, path)
     assert_read(path, entry=entry)
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_what_averages_weights_is_unwrapped(tmp_path, wraps):
+    model = torch.nn.Sequential(collections.OrderedDict(fc=torch.nn.Linear(3, 2)))
+    averaged = torch.optim.swa_utils.AveragedModel(model).state_dict()
+    torch.save({"model_ema": averaged} if wraps else averaged, tmp_path / "averaged.pth")
+    tensors, entry = read_tensors(tmp_path / "averaged.pth")
+    assert entry == ("model_ema" if wraps else None)
+    assert set(tensors) == {"fc.weight", "fc.bias"}
+    np.testing.assert_array_equal(tensors["fc.weight"], model.fc.weight.detach().numpy())
+
+
+def test_a_count_of_anything_else_is_left_where_it_is(tmp_path):
+    torch.save({**torch_state_dict(), "n_averaged": torch.tensor(3)}, tmp_path / "other.pth")
+    assert set(read_tensors(tmp_path / "other.pth")[0]) == {*TENSORS, "n_averaged"}
 
 
 def test_the_averaged_weights_come_first_and_the_others_on_request(tmp_path):
@@ -132,6 +153,9 @@ def test_tensors_without_dense_numbers_are_refused_by_key(tmp_path):
     torch.save({"weight": torch.eye(3).to_sparse()}, path)
     with pytest.raises(CheckpointError, match="'weight'"):
         read_tensors(path)
+    torch.save({"weight": torch.empty(3, device="meta")}, path)
+    with pytest.raises(CheckpointError, match="on meta under 'weight'"):
+        read_tensors(path)
 
 
 def test_a_safetensors_header_of_any_announced_length_costs_nothing(tmp_path):
@@ -179,6 +203,28 @@ def test_written_files_hold_arrays_of_any_strides(tmp_path, name):
     tensors, _ = read_tensors(tmp_path / name)
     np.testing.assert_array_equal(tensors["strided"], strided)
     np.testing.assert_array_equal(tensors["read_only"], strided)
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
+def test_written_files_have_the_rights_that_the_umask_leaves(tmp_path, name):
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / name, TENSORS, {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
+def test_a_file_that_cannot_be_written_to_its_end_is_an_error_of_the_system(tmp_path, name):
+    tensors = {"a": np.zeros(1 << 16, np.float32)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match=r"must be written whole, got \S+, which was not"):
+            write_tensors(tmp_path / name, tensors, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_paths_that_are_no_files_are_said_to_be_none(tmp_path):

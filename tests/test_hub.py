@@ -181,6 +181,14 @@ def test_an_unknown_name_asks_nobody(server):
     assert server.requests == []
 
 
+def test_a_cache_that_cannot_be_written_asks_nobody(server, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("METAFORMER_JAX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=f"in a folder that can be written to, got .*{FROM_TIMM}"):
+        create_model(FROM_TIMM, pretrained=True, rngs=nnx.Rngs(0))
+    assert server.requests == []
+
+
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("METAFORMER_JAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -123,6 +123,12 @@ def test_an_abstract_model_is_refused(model):
         jit_inference(nnx.eval_shape(lambda: nnx.clone(model)))
 
 
+def test_what_is_no_model_is_refused_with_the_way_to_name_a_method(model):
+    for given in (model.features, 3):
+        with pytest.raises(ValueError, match=r"`model` must be .*MetaFormer\.features"):
+            jit_inference(given)
+
+
 def test_keywords_are_the_functions(model, images):
     def scaled(model, images, *, factor):
         return factor * model(images)

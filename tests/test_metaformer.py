@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 import metaformer_jax
@@ -191,6 +192,7 @@ def test_images_that_do_not_fit_are_refused_before_compiling(shape, message):
         (np.zeros((2, 32, 32, 3), np.uint8), "uint8"),
         (np.zeros((2, 32, 32, 3), np.complex64), "complex64"),
         ([np.zeros((32, 32, 3), np.float32)], "list"),
+        (torch.zeros((2, 32, 32, 3)), "Tensor"),
     ],
 )
 def test_images_that_are_no_array_of_floats_are_refused(images, kind):

@@ -101,6 +101,17 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("place", ["file/output", "file/new/output"])
+def test_an_output_without_a_place_is_refused_at_once(place, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for is_folder in (True, False):
+        with pytest.raises(
+            OSError, match=r"in a folder that can be written to, got \S+output, and"
+        ):
+            check_output(tmp_path / place, force=False, is_folder=is_folder)
+    assert contents(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("name", ["nowhere/output", "file/output", "."])
 def test_a_file_that_could_not_be_written_in_the_end_is_refused(name, tmp_path):
     (tmp_path / "file").write_text("mine")

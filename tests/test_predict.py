@@ -283,13 +283,17 @@ def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(run, call, tmp_path):
         (["digits/0.png", "--weights", "run", "--model", NAME], "The checkpoint must"),
         (["digits/0.png", "--weights", "run", "--class-names", "gone"], "gone: No such file"),
         (["digits/0.png", "--weights", "run", "--class-names", "digits/notes.txt"], "the 10 cl"),
+        (["digits/0.png", "--weights", "run", "--class-names", "digits/0.png"], "got digits/0.p"),
         (["digits/0.png", "--weights", "run", "--output", "empty"], "something else"),
         (["digits/0.png", "--weights", "run", "--output", "digits/0.png/x"], "digits/0.png: "),
         (["digits/0.png", "--weights", "run", "--explain", "digits/0.png"], "be replaced"),
         (["digits/0.png", "--weights", "run", "--explain", "x.jpg"], "writes a .png file"),
+        (["digits/0.png", "--weights", "run", "--explain", "x.png", "--output", "./x.png"],
+         "must be two files, got x.png"),
         (["digits/0.png", "--weights", "run", "--stage", "2"], "--stage is that of --explain"),
         (["digits/0.png", "--weights", "run", "--explain", "x.png", "--stage", "5"], "in [1, 4]"),
         (["digits/0.png", "--weights", "run", "--top", "0"], "must be at least 1, got 0"),
+        (["digits/0.png", "--weights", "run", "--top", "all"], "a whole number, got 'all'"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(run, call, arguments, message):
@@ -364,6 +368,14 @@ def test_class_names_come_from_a_file_or_from_the_data(run, call, tmp_path):
     classifier = load_classifier(weights=tmp_path / "run")
     assert classifier.class_names[7] == "class 7"
     assert "names are not known" in classifier.notes[0]
+
+
+def test_a_classifier_refuses_what_are_no_pixels_and_no_size(run):
+    with pytest.raises(ValueError, match=r"`image_size` .* at least 1, got \(32, 48\)"):
+        load_classifier(weights=run[0] / "run", image_size=(32, 48))
+    classifier = load_classifier(weights=run[0] / "run")
+    with pytest.raises(ValueError, match="from 0 to 255 in uint8, got float32"):
+        classifier.probabilities(np.zeros((1, 32, 32, 1), np.float32))
 
 
 def test_files_are_found_once_and_in_order(run, monkeypatch):

@@ -228,11 +228,29 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         map_head_to_imagenet_1k(build_abstract(SMALL, num_classes=21841), "~/nothing")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pretrained": None}, "`pretrained` must be True, False or a path, got None"),
+        ({"pretrained": 1}, "`pretrained` must be True, False or a path, got 1"),
+        ({"rngs": 0}, "`rngs` must be nnx.Rngs, got int"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_is_read(arguments, message):
+    valid = {"pretrained": "nothing", "rngs": nnx.Rngs(0)}
+    with pytest.raises(ValueError, match=message):
+        create_model(SMALL, **{**valid, **arguments})
+
+
 def test_a_path_to_nothing_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         create_model(SMALL, pretrained=tmp_path / "nothing", rngs=nnx.Rngs(0))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"no metaformer\.json"):
+    with pytest.raises(CheckpointError, match=r"no metaformer\.json.*convert"):
+        create_model(SMALL, pretrained=tmp_path / "empty", rngs=nnx.Rngs(0))
+    for name in ("README.md", "model.safetensors"):
+        (tmp_path / "empty" / name).touch()
+    with pytest.raises(CheckpointError, match=r"no metaformer\.json.* such as .*model\.safeten"):
         create_model(SMALL, pretrained=tmp_path / "empty", rngs=nnx.Rngs(0))
 
 

@@ -1,7 +1,11 @@
 """Links between pages lead somewhere, in the repository and on the site."""
 
+import importlib
+import operator
 import pathlib
+import re
 import runpy
+import sys
 
 import pytest
 import yaml
@@ -53,6 +57,16 @@ def test_each_page_is_in_the_navigation_once():
         return [page for each in inner for page in pages(each)]
 
     assert sorted(pages(navigation)) == NAMES
+
+
+def test_every_name_of_the_reference_is_there_by_its_dotted_path():
+    names = re.findall(r"^::: (metaformer_jax\.\S+)$", _text("api.md"), flags=re.MULTILINE)
+    assert len(names) > 40
+    for name in names:
+        package, _, path = name.partition(".")
+        module = importlib.import_module(name.rpartition(".")[0])
+        assert operator.attrgetter(path)(sys.modules[package]).__doc__
+        assert operator.attrgetter(name.rpartition(".")[2])(module).__doc__
 
 
 def test_the_site_fetches_nothing():

@@ -73,6 +73,7 @@ def test_it_prints_the_accuracy_of_the_models_own_answers(folder, capsys):
             ["imagenet", "--model", NAME, "--checkpoint", "gone.pth"],
             "existing checkpoint, got gone",
         ),
+        (["imagenet", "--model", NAME, "--checkpoint", "x" * 300], "File name too long"),
         (["imagenet", "--model", NAME, "-b", "0"], "`config.eval_batch_size` must be positive"),
         (["imagenet", "--model", NAME, "--img-size", "0"], "image_size` must be positive, got 0"),
         (["imagenet", "--model", NAME, "--crop-pct", "2"], "`crop_fraction` must be in"),

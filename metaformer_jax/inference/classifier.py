@@ -18,6 +18,7 @@ from metaformer_jax.data.augment import EvalTransform
 from metaformer_jax.data.device import normalize
 from metaformer_jax.inference import trained
 from metaformer_jax.models import MetaFormer, MetaFormerSpec, model_info
+from metaformer_jax.models.arguments import at_least
 from metaformer_jax.weights import CheckpointError, hub
 from metaformer_jax.weights.convert import to_variables
 from metaformer_jax.weights.files import local_path
@@ -50,7 +51,16 @@ class Classifier:
     notes: tuple[str, ...] = ()
 
     def normalize(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The pixels, normalised for the model."""
+        """The pixels, normalised for the model.
+
+        Raises:
+            ValueError: they are not uint8, so their range is unknown.
+        """
+        if images.dtype != jnp.uint8:
+            raise ValueError(
+                f"`images` must be pixels from 0 to 255 in uint8, got {images.dtype}. Convert "
+                "them, or give normalised images to the model itself."
+            )
         return normalize(images, mean=self.mean, std=self.std)
 
     def logits(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b classes"]:
@@ -126,7 +136,7 @@ def load_classifier(
     settings = {} if name is None else trained.published_settings(name, found.in_channels or 3)
     settings |= told.settings
     if image_size is not None:
-        settings["image_size"] = image_size
+        settings["image_size"] = at_least(1, image_size=image_size)
     channels = found.in_channels or len(settings["mean"])
     if channels not in (1, 3) or channels != len(settings["mean"]):
         raise CheckpointError(

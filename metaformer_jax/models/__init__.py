@@ -2,7 +2,7 @@
 
 from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.class_names import imagenet_class_names, imagenet_synsets
-from metaformer_jax.models.count import Counts, count
+from metaformer_jax.models.counting import Counts, count
 from metaformer_jax.models.jit import compiler_options, jit_inference
 from metaformer_jax.models.layers import (
     Dropout,

@@ -5,6 +5,7 @@ import operator
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
 
 def as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -35,6 +36,18 @@ def check_rate(name: str, rate: float) -> None:
         is_rate = False
     if not is_rate:
         raise ValueError(f"`{name}` must be in [0, 1), got {rate!r}.")
+
+
+def check_rngs(rngs: nnx.Rngs) -> None:
+    """Refuses what is no `nnx.Rngs`, such as a seed or a key.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(
+            f"`rngs` must be nnx.Rngs, got {type(rngs).__name__}. Give nnx.Rngs(seed)."
+        )
 
 
 def at_least(least: int, **value: Any) -> int:

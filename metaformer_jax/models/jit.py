@@ -67,8 +67,13 @@ def jit_inference(
         gradient it becomes a part of that program.
 
     Raises:
-        ValueError: the model is abstract (`nnx.eval_shape`).
+        ValueError: the model is abstract (`nnx.eval_shape`), or none.
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"`model` must be an nnx.Module, got {type(model).__name__}. Give a method's function "
+            "beside the model: jit_inference(model, MetaFormer.features)."
+        )
     graphdef, state = nnx.split(model)
     # Only the arrays: the variables that hold them belong to the model, and change with it.
     leaves, structure = jax.tree.flatten(state)

@@ -14,6 +14,7 @@ from metaformer_jax.models.arguments import (
     as_pair,
     at_least,
     check_rate,
+    check_rngs,
     hidden_channels,
     is_floating,
     whole,
@@ -257,7 +258,7 @@ class MetaFormer(nnx.Module):
         Raises:
             ValueError: rank, channels, size or dtype of the images do not fit the model.
         """
-        self._check_images(images)
+        self.check_images(images)
         if not isinstance(rngs, nnx.Rngs | ImageKeys | None):
             raise ValueError(
                 f"`rngs` must be nnx.Rngs or ImageKeys, got {type(rngs).__name__}. With a single "
@@ -293,12 +294,20 @@ class MetaFormer(nnx.Module):
         x = self.pool(self.features(images, rngs=rngs)[-1])
         return x if self.head is None else self.head(x, rngs=rngs)
 
-    def _check_images(self, images: Array) -> None:
+    def check_images(self, images: Array) -> None:
+        """Refuses what the model does not take, by type and shape alone.
+
+        Raises:
+            ValueError: the images are no array of floating-point numbers, or have another rank,
+                channel count or size.
+        """
         if not is_floating(getattr(images, "dtype", None)):
-            kind = getattr(images, "dtype", type(images).__name__)
+            # Other libraries' arrays have types of their own, whose names would look right.
+            is_array = isinstance(images, np.ndarray | jax.Array)
+            kind = images.dtype if is_array else type(images).__name__
             raise ValueError(
-                f"`images` must be an array of floating-point numbers, normalised, got {kind}. Of "
-                "pixels from 0 to 255 that is (images / 255 - mean) / std."
+                "`images` must be NumPy's or JAX's array of floating-point numbers, normalised, "
+                f"got {kind}. Of pixels from 0 to 255 that is (images / 255 - mean) / std."
             )
         if images.ndim != 4:
             raise ValueError(
@@ -343,9 +352,7 @@ class _ParamKeys(nnx.RngStream):
 
 
 def _with_fast_param_keys(rngs: nnx.Rngs) -> nnx.Rngs:
-    if not isinstance(rngs, nnx.Rngs):
-        kind = type(rngs).__name__
-        raise ValueError(f"`rngs` must be nnx.Rngs, got {kind}. Give nnx.Rngs(seed).")
+    check_rngs(rngs)
     fast = nnx.Rngs()
     for name, stream in (*rngs.items(), ("params", _ParamKeys(rngs.params()))):
         setattr(fast, name, stream)

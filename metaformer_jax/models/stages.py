@@ -128,11 +128,11 @@ def _dropouts(block: Any) -> list[Dropout]:
     return [part for _, part in nnx.iter_modules(block) if isinstance(part, Dropout)]
 
 
-def drops(block: Any) -> bool:
-    """Whether the block has active dropout or stochastic depth, and so needs random keys."""
+def drops(module: nnx.Module) -> bool:
+    """Whether a block or model has active dropout or stochastic depth, and so needs random keys."""
     return any(
         isinstance(part, nnx.Dropout) and not part.deterministic
-        for _, part in nnx.iter_modules(block)
+        for _, part in nnx.iter_modules(module)
     )
 
 

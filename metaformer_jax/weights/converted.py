@@ -14,7 +14,14 @@ import numpy as np
 from metaformer_jax.models import MetaFormer
 from metaformer_jax.weights.convert import Variables, variables_of
 from metaformer_jax.weights.errors import CheckpointError, first_line
-from metaformer_jax.weights.files import OWN_KEY, local_path, read_metadata, write_tensors
+from metaformer_jax.weights.files import (
+    OWN_KEY,
+    SAFETENSORS,
+    TORCH_SUFFIXES,
+    local_path,
+    read_metadata,
+    write_tensors,
+)
 from metaformer_jax.weights.integrity import verify, write_checksums
 from metaformer_jax.weights.layouts import dotted
 from metaformer_jax.weights.outputs import RECORD_NAME, whole_output
@@ -153,7 +160,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         if text is None:
             raise CheckpointError(
                 f"`path` must be converted weights, got {path}, which has no {RECORD_NAME}. "
-                "`python -m metaformer_jax.convert` makes them."
+                f"{_remedy(path)}"
             )
         fields = json.loads(text)
         if fields["format"] != FORMAT:
@@ -170,6 +177,14 @@ def read_record(path: str | os.PathLike[str]) -> Record:
             f"The {RECORD_NAME} of {path} must be as the conversion wrote it, got {error!r}. "
             "Convert the weights again."
         ) from error
+
+
+def _remedy(path: pathlib.Path) -> str:
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    checkpoints = [file for file in inside if file.suffix in (SAFETENSORS, *TORCH_SUFFIXES)]
+    if checkpoints:
+        return f"Give the file that is meant, such as {checkpoints[0]}."
+    return "`python -m metaformer_jax.convert` makes them."
 
 
 def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Record]:

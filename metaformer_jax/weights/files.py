@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import re
+import stat
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,10 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # Under which training scripts keep the weights. The first that is there counts: where a script
 # keeps an average of the weights as well, that average is what it evaluates.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What wrappers put before every key: DataParallel, torch.compile.
-_PREFIXES = ("module.", "_orig_mod.")
+# What wrappers put before every key: DataParallel, torch.compile, Lightning's modules by custom.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+# What torch's AveragedModel keeps beside what is under "module.": of how many steps it is the mean.
+_NUM_AVERAGED = "n_averaged"
 # What the header of a safetensors file says beside the tensors begins with this where this project
 # wrote it.
 OWN_KEY = "metaformer_jax"
@@ -129,17 +132,41 @@ def write_tensors(
         tensors: float32, float16 or bfloat16 arrays by key.
         metadata: kept in a safetensors file's header, beside the tensors' checksum; a PyTorch file
             holds the tensors alone.
+
+    Raises:
+        OSError: it could not be written.
     """
-    if pathlib.Path(path).suffix == SAFETENSORS:
+    path = pathlib.Path(path)
+    if path.suffix == SAFETENSORS:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         # The writer takes the memory as it stands, whatever the strides are.
         contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
         checksum = crc32c_of_tensors(contiguous, metadata)
-        save_file(contiguous, path, metadata={**metadata, _CHECKSUM_KEY: checksum})
+        # It puts a file of its own in this one's place, which its owner alone may read.
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        with _as_os_error(path, SafetensorError):
+            save_file(contiguous, path, metadata={**metadata, _CHECKSUM_KEY: checksum})
+        path.chmod(mode)
     else:
         torch = import_torch()
-        torch.save({key: _to_torch(tensor) for key, tensor in tensors.items()}, path)
+        with _as_os_error(path, RuntimeError):
+            torch.save({key: _to_torch(tensor) for key, tensor in tensors.items()}, path)
+
+
+@contextlib.contextmanager
+def _as_os_error(path: pathlib.Path, kind: type[Exception]) -> Iterator[None]:
+    # Both libraries say in a way of their own that a disk is full.
+    try:
+        yield
+    except kind as error:
+        reason = str(error).rstrip(".")
+        raise OSError(
+            f"The file must be written whole, got {path}, which was not: {reason}. Make room, or "
+            "choose another place."
+        ) from error
 
 
 def import_torch() -> Any:
@@ -291,11 +318,14 @@ def _to_numpy(key: str, value: Any, path: pathlib.Path) -> np.ndarray:
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"`path` must hold dense floating-point tensors, got {path} with {value.dtype}, "
-            f"{value.layout} under {key!r}."
+            f"{value.layout}, on {value.device} under {key!r}."
         ) from error
 
 
 def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    averaged = {key: tensor for key, tensor in tensors.items() if key != _NUM_AVERAGED}
+    if averaged and all(key.startswith("module.") for key in averaged):
+        tensors = averaged
     for prefix in _PREFIXES * 2:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}

@@ -9,6 +9,7 @@ from typing import Any
 from metaformer_jax.models import model_info
 from metaformer_jax.weights.errors import DownloadError
 from metaformer_jax.weights.files import import_torch, sha256
+from metaformer_jax.weights.outputs import check_has_place
 from metaformer_jax.weights.recognition import TIMM_FAMILIES
 
 # What timm calls the published tags.
@@ -72,6 +73,7 @@ def converted_file(name: str) -> pathlib.Path:
 
     Raises:
         DownloadError: they are not cached and cannot be fetched, or arrived damaged.
+        OSError: the cache folder cannot be written to.
         ImportError: they are not cached, only the `.pth` file exists, and torch is not installed.
         ValueError: no published model has this name.
     """
@@ -81,6 +83,7 @@ def converted_file(name: str) -> pathlib.Path:
     cached = cache_folder() / f"{name}.safetensors"
     if cached.is_file():
         return cached
+    check_has_place(cached.absolute())
     source = timm_source(name)
     if source is None:
         import_torch()

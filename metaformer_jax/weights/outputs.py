@@ -25,9 +25,11 @@ def check_output(path: str | os.PathLike[str], *, force: bool, is_folder: bool) 
 
     Raises:
         FileExistsError: something is there that must not be replaced.
+        OSError: nothing can be written there.
     """
     path = local_path(path).absolute()
     path = path.parent.resolve() / path.name
+    check_has_place(path)
     if not os.path.lexists(path):
         return path
     if path.is_dir() and not path.is_symlink():
@@ -46,6 +48,26 @@ def check_output(path: str | os.PathLike[str], *, force: bool, is_folder: bool) 
             "force=True (--force)."
         )
     return path
+
+
+def check_has_place(path: pathlib.Path) -> None:
+    """Refuses an output whose folder could not be made or written to after all the work for it.
+
+    Args:
+        path: absolute; the folders above it need not be there yet.
+
+    Raises:
+        OSError: it could not.
+    """
+    folder = next(parent for parent in (*path.parents, path) if os.path.lexists(parent))
+    try:
+        # Permissions alone do not tell of a disk that is full or read-only.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"`output` must be in a folder that can be written to, got {path}, and of {folder}: "
+            f"{error.strerror}. Choose another place."
+        ) from error
 
 
 def check_can_be_written(path: pathlib.Path) -> None:
@@ -76,7 +98,7 @@ def whole_output(
     `.<name>.partial-*` is.
 
     Raises:
-        FileExistsError: see `check_output`.
+        FileExistsError, OSError: see `check_output`.
     """
     path = check_output(path, force=force, is_folder=is_folder)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from metaformer_jax import models
 from metaformer_jax.models import MetaFormer
+from metaformer_jax.models.arguments import check_rngs
 from metaformer_jax.weights.convert import (
     Variables,
     check_has_values,
@@ -71,6 +72,9 @@ def create_model(
         FileNotFoundError: nothing is at the path.
         weights.DownloadError: the published weights could not be fetched.
     """
+    if not isinstance(pretrained, bool | str | os.PathLike):
+        raise ValueError(f"`pretrained` must be True, False or a path, got {pretrained!r}.")
+    check_rngs(rngs)
     settings: dict[str, Any] = {"image_size": image_size, "drop_path_rate": drop_path_rate}
     settings |= {"head_dropout": head_dropout, "dtype": dtype, "remat": remat, "scan": scan}
     if pretrained is False:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from metaformer_jax.models import MetaFormer, RandomMixing
-from metaformer_jax.models.arguments import as_pair, at_least, check_rate
+from metaformer_jax.models.arguments import as_pair, at_least, check_rate, check_rngs
 from metaformer_jax.weights.convert import check_has_values
 from metaformer_jax.weights.files import local_path
 
@@ -35,9 +35,10 @@ def replace_head(
         rngs: random keys for the initial values and the dropout.
 
     Raises:
-        ValueError: `num_classes` is negative, or `head_dropout` not in [0, 1).
+        ValueError: `num_classes` is negative, `head_dropout` not in [0, 1), or `rngs` none.
     """
     num_classes = at_least(0, num_classes=num_classes)
+    check_rngs(rngs)
     if head_dropout is None:
         dropout = getattr(model.head, "dropout", None)
         head_dropout = 0.0 if dropout is None else dropout.rate
