@@ -250,6 +250,13 @@ def test_the_average_is_that_of_all_parameters_so_far():
     jax.tree.map(np.testing.assert_array_equal, averaged.params, state.ema)
 
 
+def test_a_slow_average_takes_exactly_its_share_of_what_is_new():
+    # In float32 1 - 0.9999 is 1.7e-4 too much.
+    average = Average(decay=0.9999)
+    value = average({"x": jnp.zeros(())}, {"x": jnp.ones(())}, jnp.int32(0))["x"]
+    np.testing.assert_allclose(value, 1e-4, rtol=1e-6)
+
+
 def test_a_warmed_up_average_follows_closely_at_first():
     average = Average(decay=0.999, warmup=True)
     for step, kept in ((0, 0.1), (10, 0.55), (10**6, 0.999)):

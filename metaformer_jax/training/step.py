@@ -37,10 +37,11 @@ class Average:
 
     def __call__(self, average: Tree, params: Tree, step: Int[Array, ""]) -> Tree:
         """The average after the update number `step`, counted from 0."""
-        decay = jnp.float32(self.decay)
+        # The share of what is new, as float32 holds 1e-4 more exactly than 0.9999.
+        share = jnp.float32(1 - self.decay)
         if self.warmup:
-            decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-        return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, params)
+            share = jnp.maximum(share, 9.0 / (10.0 + step))
+        return jax.tree.map(lambda old, new: old + share * (new - old), average, params)
 
 
 @jax.tree_util.register_dataclass
