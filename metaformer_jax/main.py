@@ -205,7 +205,8 @@ def main(argv: list[str]) -> None:
             print(error, flush=True)
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
-        code = _tell("stopped. The same command continues from the last checkpoint.", INTERRUPTED)
+        continues = " The same command continues from the last checkpoint."
+        code = _tell(f"stopped.{continues if _MODE.value == 'train' else ''}", INTERRUPTED)
     else:
         return
     distributed.leave(code)
