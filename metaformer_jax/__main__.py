@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import metaformer_jax
-
-USAGE_ERROR = 2
+from metaformer_jax.training.exit_codes import USAGE_ERROR
 
 
 class Command(NamedTuple):

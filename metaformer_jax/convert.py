@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
+
 if TYPE_CHECKING:
     from metaformer_jax.models import MetaFormer
     from metaformer_jax.weights import Record
 
-USAGE_ERROR = 2
-INTERRUPTED = 130
 # What a checkpoint of one name may differ in.
 _SETTINGS = ("num_classes", "in_channels", "image_size")
 
@@ -84,7 +84,8 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         if path.resolve() == args.input.resolve():
             parser.error(f"INPUT and --output must differ, both are {path}")
     if len({path.resolve() for path in args.output}) < len(args.output):
-        parser.error(f"each --output must be another, got {' and '.join(map(str, args.output))}")
+        given = " and ".join(map(str, args.output))
+        parser.error(f"every --output must be a different file or folder, got {given}")
     return args
 
 

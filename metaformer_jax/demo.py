@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from metaformer_jax.training.exit_codes import USAGE_ERROR
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from metaformer_jax.inference.classifier import Classifier
     from metaformer_jax.inference.drawing import Explainer
 
-USAGE_ERROR = 2
 HOST = "127.0.0.1"
 TOP = 5
 BY_WEIGHTS = "what the weights say"
@@ -109,8 +110,8 @@ def answer(
     """What the page shows for a picture: probabilities by class, and the picture with its maps.
 
     Raises:
-        ValueError: the model, its weights or the stage are wrong, or the picture's numbers have 32
-            bits.
+        ValueError: the model, its weights or the stage are wrong, or the picture has 32 bits per
+            channel.
         FileNotFoundError: there are no weights at the path.
         weights.DownloadError: the published weights could not be fetched.
     """
@@ -192,7 +193,7 @@ def build_page(name: str | None, weights: str) -> Any:
     with gr.Blocks(title="metaformer_jax", analytics_enabled=False) as page:
         gr.Markdown("# What does it show?\nA picture through one MetaFormer, or through two.")
         with gr.Row():
-            # Of 16 bits for a pixel, gradio's own conversion would leave white.
+            # Gradio's own conversion would turn 16-bit pictures white.
             picture = gr.Image(
                 type="pil",
                 image_mode=None,

@@ -33,8 +33,8 @@ def grad_cam(
         For each image a map with the stage's height and width, float32, not negative.
 
     Raises:
-        ValueError: there is no such stage, the model drops something or has no head, or there is
-            not one class for each image; or a class is none, if it is known when this is traced.
+        ValueError: there is no such stage; the model has no head, or active dropout in training
+            mode; there is not one class per image, or (outside `jax.jit`) one is out of range.
     """
     _check_drops_nothing(model)
     stage = _checked_stage(model, stage)
@@ -83,8 +83,8 @@ def attention_maps(
         sums to one. Tokens are numbered row by row over the stage's height and width.
 
     Raises:
-        ValueError: there is no such stage, or its blocks have no attention; or the model drops
-            something.
+        ValueError: there is no such stage, its blocks have no attention, or the model has active
+            dropout in training mode.
     """
     _check_drops_nothing(model)
     model.check_images(images)

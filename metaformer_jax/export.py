@@ -13,8 +13,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-USAGE_ERROR = 2
-INTERRUPTED = 130
+from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
+
 FORMATS = ("stablehlo", "onnx")
 _PROG = "python -m metaformer_jax.export"
 

@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
+from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
+
 if TYPE_CHECKING:
     from metaformer_jax.inference import Classifier
     from metaformer_jax.inference.batches import Classified
 
 SOME_LEFT_OUT = 1
-USAGE_ERROR = 2
-INTERRUPTED = 130
 # What a picture of explanations can show at a readable size.
 MAX_EXPLAINED = 48
 FORMATS = ("table", "csv", "jsonl")
@@ -203,8 +203,8 @@ def _read_class_names(path: pathlib.Path) -> list[str]:
         return path.expanduser().read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"--class-names must be a text in UTF-8, got {path}, which is not: {error.reason} at "
-            f"byte {error.start}."
+            f"--class-names must be a text file in UTF-8, got {path}: {error.reason} at byte "
+            f"{error.start}."
         ) from error
 
 

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from absl import logging
 from rich.console import Console
 
-USAGE_ERROR = 2
-INTERRUPTED = 130
+from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
 
 
 def main(

@@ -14,14 +14,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from metaformer_jax import models
 
-
-USAGE_ERROR = 2
-INTERRUPTED = 130
 
 _COLOURS = {
     "identityformer": "#8a8a8a",

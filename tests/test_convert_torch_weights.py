@@ -232,7 +232,7 @@ def test_a_malicious_file_ends_with_one_message_and_without_running(tmp_path):
         (["{sail}", "--model", NAME, "--output", "{sail}", "--reverse"], "must differ"),
         (["{sail}", "--model", NAME, "--output", "out", "--reverse"], "writes a file"),
         (["{sail}", "--model", NAME, "--output", "out", "--layout", "timm"], "give --reverse"),
-        (["{sail}", "--model", NAME, "--output", "out", "--output", "./out"], "must be another"),
+        (["{sail}", "--model", NAME, "--output", "out", "--output", "./out"], "a different file"),
         (["{sail}", "--model", NAME, "--output", "{sail}/out"], "that can be written to"),
         (["{sail}", "--model", NAME, "--output", "out", "--num-classes", "5"], "has, 1000"),
         (["{sail}", "--model", NAME, "--output", "out", "--in-channels", "4"], "has, 3"),

@@ -101,16 +101,6 @@ def test_attention_narrower_than_a_head_has_one_head():
     assert module.qkv.kernel.shape == (16, 96)
 
 
-@pytest.mark.parametrize(
-    ("mixer", "arguments"),
-    [(mixers.Pooling, {"pool_size": 0}), (mixers.Attention, {"head_dim": 0})],
-)
-def test_sizes_of_nothing_are_refused(mixer, arguments):
-    (name,) = arguments
-    with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least 1, got 0"):
-        mixer(8, **arguments, rngs=nnx.Rngs(0))
-
-
 def test_sep_conv_reaches_as_far_as_its_kernel():
     module = mixers.SepConv(8, kernel_size=5, rngs=nnx.Rngs(0))
     image = jnp.zeros((1, 9, 9, 8)).at[0, 4, 4].set(1.0)

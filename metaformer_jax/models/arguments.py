@@ -39,10 +39,10 @@ def check_rate(name: str, rate: float) -> None:
 
 
 def check_rngs(rngs: nnx.Rngs) -> None:
-    """Refuses what is no `nnx.Rngs`, such as a seed or a key.
+    """Checks that these are `nnx.Rngs`, and not a seed or a key.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: they are not.
     """
     if not isinstance(rngs, nnx.Rngs):
         raise ValueError(

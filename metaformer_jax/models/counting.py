@@ -29,7 +29,8 @@ def count(model: MetaFormer | Callable[[], MetaFormer]) -> Counts:
     (including attention and random mixing); norms, activations, pooling and scales do not count.
 
     Args:
-        model: or what makes it, which is only traced; an abstract one (`nnx.eval_shape`) as well.
+        model: a model, which may be abstract (`nnx.eval_shape`), or a function that builds one. It
+            is only traced.
 
     Examples:
         >>> from metaformer_jax import create_model

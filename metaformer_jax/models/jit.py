@@ -67,7 +67,7 @@ def jit_inference(
         gradient it becomes a part of that program.
 
     Raises:
-        ValueError: the model is abstract (`nnx.eval_shape`), or none.
+        ValueError: the model is abstract (`nnx.eval_shape`), or not an `nnx.Module`.
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The exit codes of a training besides 0, and how to end at once. Imports nothing that is slow."""
+"""The programs' exit codes besides 0, and how to end at once. Imports nothing that is slow."""
 
 import os
 import signal

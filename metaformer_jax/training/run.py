@@ -124,7 +124,7 @@ class Run:
 
     @functools.cached_property
     def counts(self) -> models.Counts:
-        """Of the model's parameters, and of its multiply-adds for an image."""
+        """The model's parameters, and its multiply-adds per image."""
         return models.count(self.engine.model)
 
     def is_due(self, every_epochs: float, step: int) -> bool:

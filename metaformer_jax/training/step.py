@@ -37,7 +37,7 @@ class Average:
 
     def __call__(self, average: Tree, params: Tree, step: Int[Array, ""]) -> Tree:
         """The average after the update number `step`, counted from 0."""
-        # The share of what is new, as float32 holds 1e-4 more exactly than 0.9999.
+        # The weight of the new parameters. In float32, 1 - 0.9999 would not be 1e-4.
         share = jnp.float32(1 - self.decay)
         if self.warmup:
             share = jnp.maximum(share, 9.0 / (10.0 + step))
@@ -335,6 +335,6 @@ class Engine:
 
 
 def _variables(model: MetaFormer) -> tuple[Tree, Tree]:
-    """Its parameters and what is frozen."""
+    """The parameters and the frozen variables of a model, as nested dicts."""
     params, frozen = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, Frozen))
     return params, frozen

@@ -24,9 +24,9 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # Under which training scripts keep the weights. The first that is there counts: where a script
 # keeps an average of the weights as well, that average is what it evaluates.
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What wrappers put before every key: DataParallel, torch.compile, Lightning's modules by custom.
+# What wrappers put before every key: DataParallel, torch.compile, and usually Lightning modules.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-# What torch's AveragedModel keeps beside what is under "module.": of how many steps it is the mean.
+# The number of averaged models, which torch's AveragedModel keeps beside the keys under "module.".
 _NUM_AVERAGED = "n_averaged"
 # What the header of a safetensors file says beside the tensors begins with this where this project
 # wrote it.
@@ -144,7 +144,7 @@ def write_tensors(
         # The writer takes the memory as it stands, whatever the strides are.
         contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
         checksum = crc32c_of_tensors(contiguous, metadata)
-        # It puts a file of its own in this one's place, which its owner alone may read.
+        # The writer replaces the file by a new one that only its owner may read.
         path.touch()
         mode = stat.S_IMODE(path.stat().st_mode)
         with _as_os_error(path, SafetensorError):
@@ -158,14 +158,13 @@ def write_tensors(
 
 @contextlib.contextmanager
 def _as_os_error(path: pathlib.Path, kind: type[Exception]) -> Iterator[None]:
-    # Both libraries say in a way of their own that a disk is full.
+    # Each library has its own exception for a full disk.
     try:
         yield
     except kind as error:
         reason = str(error).rstrip(".")
         raise OSError(
-            f"The file must be written whole, got {path}, which was not: {reason}. Make room, or "
-            "choose another place."
+            f"{path} could not be written completely: {reason}. Make room, or choose another place."
         ) from error
 
 

@@ -35,7 +35,8 @@ def replace_head(
         rngs: random keys for the initial values and the dropout.
 
     Raises:
-        ValueError: `num_classes` is negative, `head_dropout` not in [0, 1), or `rngs` none.
+        ValueError: `num_classes` is negative, `head_dropout` not in [0, 1), or `rngs` of another
+            type.
     """
     num_classes = at_least(0, num_classes=num_classes)
     check_rngs(rngs)

@@ -13,7 +13,7 @@ import runs
 _HERE = pathlib.Path(__file__).parent
 _MARK = "METAFORMER_JAX_FAULT_TEST"
 
-# Tests that run as a background job would hand on that it is ignored.
+# A background job ignores SIGINT, and so would every program that these tests start from one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
