@@ -8,7 +8,7 @@ import uuid
 import filelock
 import leftovers
 import pytest
-import runs
+import trainings
 
 _HERE = pathlib.Path(__file__).parent
 _MARK = "METAFORMER_JAX_FAULT_TEST"
@@ -73,7 +73,9 @@ def undisturbed(tmp_path_factory, worker_id):
     workdir, finished = root / "undisturbed", root / "undisturbed finished"
     with filelock.FileLock(root / "undisturbed lock"):
         if not finished.exists():
-            runs.finish(runs.start(workdir, tamper={"note": str(root / "examples.jsonl")}))
+            trainings.finish(
+                trainings.start(workdir, tamper={"note": str(root / "examples.jsonl")})
+            )
             (root / "examples.jsonl").rename(workdir / "examples.jsonl")
             finished.touch()
     return workdir

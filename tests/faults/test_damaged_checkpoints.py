@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-import runs
+import trainings
 
 from metaformer_jax import weights
 from metaformer_jax.training.exit_codes import USAGE_ERROR
@@ -51,25 +51,25 @@ def copy(undisturbed, tmp_path):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_newest_is_set_aside_and_the_one_before_it_used(damage, copy, undisturbed):
-    *_, before, newest = runs.saved_steps(copy)
+    *_, before, newest = trainings.saved_steps(copy)
     DAMAGES[damage](copy / "checkpoints" / str(newest))
     damaged = _files(copy / "checkpoints" / str(newest))
-    output = runs.finish(runs.start(copy))
+    output = trainings.finish(trainings.start(copy))
     place = copy / "damaged" / str(newest)
     assert f"step {newest} is damaged and was moved to {place}; that of step {before}" in output
     assert f"continuing after step {before}" in output
     assert len(_files(place)) == len(damaged)
-    runs.assert_same_run(copy, undisturbed)
+    trainings.assert_same_run(copy, undisturbed)
 
 
 def test_where_none_is_whole_nothing_is_touched_and_no_training_starts(copy):
-    for step in runs.saved_steps(copy):
+    for step in trainings.saved_steps(copy):
         _flip_a_bit(_largest(copy / "checkpoints" / str(step)))
     before = {path: path.read_bytes() for path in _files(copy)}
-    code, output, errors = runs.end(runs.start(copy))
+    code, output, errors = trainings.end(trainings.start(copy))
     assert code == USAGE_ERROR
-    assert "must hold a whole checkpoint, but none is:" in runs.error_line(errors)
-    assert all(f"checkpoints/{step}/" in errors for step in runs.saved_steps(copy))
+    assert "must hold a whole checkpoint, but none is:" in trainings.error_line(errors)
+    assert all(f"checkpoints/{step}/" in errors for step in trainings.saved_steps(copy))
     assert "compiling" not in output
     after = {path: path.read_bytes() for path in _files(copy)}
     before.pop(copy / "run.lock")
@@ -78,7 +78,7 @@ def test_where_none_is_whole_nothing_is_touched_and_no_training_starts(copy):
 
 
 def test_every_change_to_a_file_is_noticed(undisturbed, tmp_path):
-    *_, before, newest = runs.saved_steps(undisturbed)
+    *_, before, newest = trainings.saved_steps(undisturbed)
     original, checkpoints = undisturbed / "checkpoints", tmp_path / "checkpoints"
     num_damaged = 0
     for file in _files(original / str(newest)):
@@ -98,26 +98,26 @@ def test_every_change_to_a_file_is_noticed(undisturbed, tmp_path):
 
 
 def test_damaged_weights_of_a_run_are_not_read(copy):
-    newest = runs.saved_steps(copy)[-1]
+    newest = trainings.saved_steps(copy)[-1]
     _flip_a_bit(_largest(copy / "checkpoints" / str(newest)))
     with pytest.raises(weights.CheckpointError, match=rf"{newest} must be a whole checkpoint of"):
         read_workdir(copy)
-    code, _, errors = runs.end(runs.start(copy, "--mode=eval"))
+    code, _, errors = trainings.end(trainings.start(copy, "--mode=eval"))
     assert code == USAGE_ERROR
-    assert f"checkpoints/{newest} must be a whole checkpoint" in runs.error_line(errors)
+    assert f"checkpoints/{newest} must be a whole checkpoint" in trainings.error_line(errors)
 
 
 def test_what_a_killed_first_save_leaves_is_no_checkpoint(undisturbed, tmp_path):
     """Pretrained weights are taken as if nothing had been saved, and no reader trips over it."""
-    process = runs.start(tmp_path / "run", tamper={"die": ["commit", 1]})
-    assert runs.end(process)[0] < 0
+    process = trainings.start(tmp_path / "run", tamper={"die": ["commit", 1]})
+    assert trainings.end(process)[0] < 0
     assert list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
     with pytest.raises(weights.CheckpointError, match="which has none yet"):
         read_workdir(tmp_path / "run")
     fields = ["--accept_config_changes", f"--config.model.pretrained={undisturbed}"]
-    output = runs.finish(runs.start(tmp_path / "run", *fields))
+    output = trainings.finish(trainings.start(tmp_path / "run", *fields))
     assert f"starting from {undisturbed}" in output
     # What it learnt before shows after the first steps.
-    first = next(row for row in runs.rows(tmp_path / "run") if "eval/loss" in row)
-    untrained = next(row for row in runs.rows(undisturbed) if "eval/loss" in row)
+    first = next(row for row in trainings.rows(tmp_path / "run") if "eval/loss" in row)
+    untrained = next(row for row in trainings.rows(undisturbed) if "eval/loss" in row)
     assert first["eval/loss"] < untrained["eval/loss"] - 0.5

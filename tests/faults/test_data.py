@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-import runs
+import trainings
 from fake_imagenet import CLASSES, example, write_dataset
 from PIL import Image
 
@@ -47,11 +47,11 @@ def root(pictures, tmp_path):
 
 def _start(workdir, root, *flags, **kwargs):
     arguments = ARGUMENTS | {"data.name": "folder", "data.root": root}
-    return runs.start(workdir, *flags, arguments=arguments, num_devices=1, **kwargs)
+    return trainings.start(workdir, *flags, arguments=arguments, num_devices=1, **kwargs)
 
 
 def _train_rows(workdir):
-    return [row for row in runs.rows(workdir) if "train/loss" in row]
+    return [row for row in trainings.rows(workdir) if "train/loss" in row]
 
 
 def _spoil(root):
@@ -66,7 +66,7 @@ def _spoil(root):
 
 def test_bad_images_up_to_the_limit_are_replaced_and_counted(root, tmp_path):
     _spoil(root)
-    runs.finish(_start(tmp_path / "run", root, "--config.data.max_bad_fraction=0.04"))
+    trainings.finish(_start(tmp_path / "run", root, "--config.data.max_bad_fraction=0.04"))
     replaced = [row["train/replaced_examples"] for row in _train_rows(tmp_path / "run")]
     assert len(replaced) == 4 * STEPS_PER_EPOCH
     # Each of the three once an epoch.
@@ -76,9 +76,9 @@ def test_bad_images_up_to_the_limit_are_replaced_and_counted(root, tmp_path):
 def test_bad_images_above_the_limit_stop_the_run_and_are_named(root, tmp_path):
     spoilt = _spoil(root)
     flags = ["--config.data.max_bad_fraction=0.03", "--config.data.num_workers=1"]
-    code, _, errors = runs.end(_start(tmp_path / "run", root, *flags))
+    code, _, errors = trainings.end(_start(tmp_path / "run", root, *flags))
     assert code == TRAINING_FAILED
-    assert "At most 2 of 96 examples may be bad" in runs.error_line(errors)
+    assert "At most 2 of 96 examples may be bad" in trainings.error_line(errors)
     assert all(str(path) in errors for path in spoilt)
 
 
@@ -90,17 +90,17 @@ def test_bad_images_of_an_evaluation_cost_no_training_step(every_epochs, root, t
     spoilt.write_bytes(b"")
     flag = f"--config.checkpoint.every_epochs={every_epochs}"
     for start in ("compiling", "continuing after step 6"):
-        code, output, errors = runs.end(_start(tmp_path / "run", root, flag))
+        code, output, errors = trainings.end(_start(tmp_path / "run", root, flag))
         assert code == TRAINING_FAILED
-        assert "At most 0 of 12 examples may be bad" in runs.error_line(errors)
+        assert "At most 0 of 12 examples may be bad" in trainings.error_line(errors)
         assert str(spoilt) in errors
         assert start in output
-        assert runs.saved_steps(tmp_path / "run") == [STEPS_PER_EPOCH]
+        assert trainings.saved_steps(tmp_path / "run") == [STEPS_PER_EPOCH]
     # It does not train on before it has evaluated.
     assert "compiling" not in output
     spoilt.write_bytes(whole)
-    runs.finish(_start(tmp_path / "run", root, flag))
-    rows = runs.rows(tmp_path / "run")
+    trainings.finish(_start(tmp_path / "run", root, flag))
+    rows = trainings.rows(tmp_path / "run")
     assert [row["step"] for row in rows if "eval/loss" in row] == [6, 12, 18, 24]
     assert [row["step"] for row in rows if "train/loss" in row] == [*range(1, 25)]
 
@@ -108,9 +108,9 @@ def test_bad_images_of_an_evaluation_cost_no_training_step(every_epochs, root, t
 def test_files_that_vanish_during_a_run_are_bad_images(root, tmp_path):
     gone = root / "train" / CLASSES[1]
     process = _start(tmp_path / "run", root, tamper={"damage": [3, str(gone), 0]})
-    code, _, errors = runs.end(process)
+    code, _, errors = trainings.end(process)
     assert code == TRAINING_FAILED
-    assert "examples may be bad" in runs.error_line(errors)
+    assert "examples may be bad" in trainings.error_line(errors)
     assert str(gone) in errors
     assert 3 <= len(_train_rows(tmp_path / "run")) < 2 * STEPS_PER_EPOCH
 
@@ -132,9 +132,9 @@ def test_a_shard_that_is_cut_during_a_run_stops_it_and_is_named(root, tmp_path, 
         "--config.data.name=imagenet2012",
         tamper={"damage": [3, str(shard), 100]},
     )
-    code, _, errors = runs.end(process)
+    code, _, errors = trainings.end(process)
     assert code == TRAINING_FAILED
-    assert "examples may be bad" in runs.error_line(errors)
+    assert "examples may be bad" in trainings.error_line(errors)
     assert str(shard) in errors
     assert len(_train_rows(tmp_path / "run")) < 2 * STEPS_PER_EPOCH
 
@@ -150,10 +150,10 @@ def poisoned(root):
 def test_a_step_that_is_not_finite_stops_the_run_and_its_images_are_named(poisoned, tmp_path):
     root, path = poisoned
     process = _start(tmp_path / "run", root, tamper={"poison": True})
-    code, _, errors = runs.end(process)
+    code, _, errors = trainings.end(process)
     assert code == TRAINING_FAILED
-    report = runs.read_json(tmp_path / "run" / "nonfinite.json")
-    assert f"The loss of step {report['step']} is nan" in runs.error_line(errors)
+    report = trainings.read_json(tmp_path / "run" / "nonfinite.json")
+    assert f"The loss of step {report['step']} is nan" in trainings.error_line(errors)
     assert str(path) in report["examples"]
     assert len(report["examples"]) == BATCH_SIZE
     assert 1 <= report["step"] <= STEPS_PER_EPOCH
@@ -164,9 +164,9 @@ def test_a_step_that_is_not_finite_stops_the_run_and_its_images_are_named(poison
 def test_a_step_that_is_not_finite_is_skipped_on_request(poisoned, tmp_path):
     root, _ = poisoned
     process = _start(tmp_path / "run", root, "--config.on_nonfinite=skip", tamper={"poison": True})
-    runs.finish(process)
+    trainings.finish(process)
     skipped = [row["train/skipped_updates"] for row in _train_rows(tmp_path / "run")]
     assert [sum(epoch) for epoch in np.split(np.array(skipped), 4)] == [1] * 4
-    state = runs.state(tmp_path / "run")
-    assert all(np.isfinite(leaf).all() for leaf in runs.leaves(state["params"]))
+    state = trainings.state(tmp_path / "run")
+    assert all(np.isfinite(leaf).all() for leaf in trainings.leaves(state["params"]))
     assert not (tmp_path / "run" / "nonfinite.json").exists()

@@ -4,7 +4,7 @@ import re
 import subprocess
 
 import pytest
-import runs
+import trainings
 
 from metaformer_jax.training.exit_codes import TRAINING_FAILED
 
@@ -25,15 +25,15 @@ def small_disk(tmp_path):
 
 def test_on_a_full_disk_a_run_stops_and_with_room_ends_as_the_undisturbed(undisturbed, small_disk):
     workdir = small_disk / "run"
-    code, _, errors = runs.end(runs.start(workdir, "--config.checkpoint.keep=100"))
+    code, _, errors = trainings.end(trainings.start(workdir, "--config.checkpoint.keep=100"))
     assert code == TRAINING_FAILED, errors
-    message = runs.error_line(errors)
+    message = trainings.error_line(errors)
     assert "A checkpoint could not be written" in message or "No space left" in message
     # No later than with the next save: it is not trained on without.
-    steps = [row["step"] for row in runs.rows(workdir) if "eval/loss" in row]
-    saved = runs.saved_steps(workdir)
+    steps = [row["step"] for row in trainings.rows(workdir) if "eval/loss" in row]
+    saved = trainings.saved_steps(workdir)
     assert steps.index(saved[-1]) >= len(steps) - 3
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
-    output = runs.finish(runs.start(workdir, "--config.checkpoint.keep=100"))
+    output = trainings.finish(trainings.start(workdir, "--config.checkpoint.keep=100"))
     assert re.search(f"continuing after step {saved[-1]}", output)
-    runs.assert_same_run(workdir, undisturbed)
+    trainings.assert_same_run(workdir, undisturbed)

@@ -6,11 +6,11 @@ import signal
 import time
 
 import pytest
-import runs
+import trainings
 
 from metaformer_jax.training.exit_codes import TRAINING_FAILED
 
-ARGUMENTS = runs.ARGUMENTS | {"checkpoint.every_epochs": 0.25, "eval_every_epochs": 0.25}
+ARGUMENTS = trainings.ARGUMENTS | {"checkpoint.every_epochs": 0.25, "eval_every_epochs": 0.25}
 # Of each moment so many kills; a run of 24 checkpoints is not finished before all are done.
 KILLS = {
     "start": 2,
@@ -48,7 +48,7 @@ def _drawn_kills():
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    runs.finish(runs.start(workdir, arguments=ARGUMENTS))
+    trainings.finish(trainings.start(workdir, arguments=ARGUMENTS))
     return workdir
 
 
@@ -57,7 +57,7 @@ def test_a_run_killed_at_least_20_times_ends_bit_for_bit_as_the_undisturbed(undi
     num_kills = num_half_saved = 0
     for moment, *arguments in _drawn_kills():
         flags = ["--accept_config_changes", "--config.data.num_workers=1"]
-        process = runs.start(
+        process = trainings.start(
             workdir,
             *(flags if moment == "worker" else flags[:1]),
             arguments=ARGUMENTS,
@@ -66,20 +66,22 @@ def test_a_run_killed_at_least_20_times_ends_bit_for_bit_as_the_undisturbed(undi
         if moment == "start":
             time.sleep(*arguments)
             process.kill()
-        code, output, errors = runs.end(process)
+        code, output, errors = trainings.end(process)
         expected = TRAINING_FAILED if moment == "worker" else -signal.SIGKILL
         assert code == expected, (moment, arguments, output, errors)
         if moment == "worker":
-            assert "A worker that reads data has died" in runs.error_line(errors)
+            assert "A worker that reads data has died" in trainings.error_line(errors)
         num_kills += 1
         num_half_saved += any(workdir.glob("checkpoints/*tmp*"))
     assert num_kills >= 20
     # Those that died with a checkpoint half written.
     assert num_half_saved >= KILLS["commit"]
-    output = runs.finish(runs.start(workdir, "--accept_config_changes", arguments=ARGUMENTS))
+    output = trainings.finish(
+        trainings.start(workdir, "--accept_config_changes", arguments=ARGUMENTS)
+    )
     # The last of all these lives had something left to do.
     assert "continuing after step" in output
-    runs.assert_same_run(workdir, undisturbed)
-    steps = [row["step"] for row in runs.rows(workdir) if "train/loss" in row]
+    trainings.assert_same_run(workdir, undisturbed)
+    steps = [row["step"] for row in trainings.rows(workdir) if "train/loss" in row]
     assert steps == [*range(2, 135, 2), 135]
     assert not list(workdir.glob("damaged/*"))

@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-import runs
+import trainings
 
 from metaformer_jax.training.exit_codes import (
     INTERRUPTED,
@@ -25,29 +25,29 @@ def _read_until(process, text):
 
 
 def test_told_again_and_again_it_saves_one_checkpoint_and_goes_on(undisturbed, tmp_path):
-    process = runs.start(tmp_path, "--config.data.num_workers=1")
-    with runs.ended(process):
-        runs.wait_for_step(tmp_path, 30, [process])
+    process = trainings.start(tmp_path, "--config.data.num_workers=1")
+    with trainings.ended(process):
+        trainings.wait_for_step(tmp_path, 30, [process])
         # As clusters do it: all processes are told, those that read the data as well; and then
         # again, while it saves.
         while process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.02)
-        code, output, errors = runs.end(process)
+        code, output, errors = trainings.end(process)
     assert (code, errors) == (PREEMPTED, "")
-    saved = runs.saved_steps(tmp_path)[-1]
+    saved = trainings.saved_steps(tmp_path)[-1]
     assert saved >= 30
-    assert f"step {saved} of {runs.LAST_STEP} is saved" in output
-    continued = runs.start(tmp_path, "--accept_config_changes")
-    assert f"continuing after step {saved}" in runs.finish(continued)
-    runs.assert_same_run(tmp_path, undisturbed)
+    assert f"step {saved} of {trainings.LAST_STEP} is saved" in output
+    continued = trainings.start(tmp_path, "--accept_config_changes")
+    assert f"continuing after step {saved}" in trainings.finish(continued)
+    trainings.assert_same_run(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize("module", ["absl", "jax", "jaxlib._jax", "metaformer_jax.training.train"])
 def test_interrupted_while_it_starts_it_ends_with_one_line(module, tmp_path):
     tamper = {"die": ["import", module], "by": "SIGINT"}
-    code, output, errors = runs.end(runs.start(tmp_path / "new", tamper=tamper))
+    code, output, errors = trainings.end(trainings.start(tmp_path / "new", tamper=tamper))
     assert (code, output) == (INTERRUPTED, "")
     assert errors == "error: stopped: there was nothing to save yet.\n"
     assert not (tmp_path / "new").exists()
@@ -58,9 +58,9 @@ def test_told_while_it_waits_for_others_to_join_it_ends_at_once(name, code, tmp_
     # Nobody listens there; it would be tried for minutes.
     others = ["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=1"]
     tamper = {"die": ["join", 0.5], "by": name}
-    process = runs.start(tmp_path / "new", *others, tamper=tamper)
-    with runs.ended(process):
-        assert runs.end(process, seconds=60)[0] == code
+    process = trainings.start(tmp_path / "new", *others, tamper=tamper)
+    with trainings.ended(process):
+        assert trainings.end(process, seconds=60)[0] == code
     assert not (tmp_path / "new").exists()
 
 
@@ -69,45 +69,45 @@ def test_a_background_job_ignores_ctrl_c_from_its_start_on(tmp_path):
     # What a shell does: the new process inherits it.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        process = runs.start(tmp_path / "new", "--config.batch_size=0", tamper=tamper)
+        process = trainings.start(tmp_path / "new", "--config.batch_size=0", tamper=tamper)
     finally:
         signal.signal(signal.SIGINT, previous)
-    code, _, errors = runs.end(process)
+    code, _, errors = trainings.end(process)
     assert code == USAGE_ERROR
-    assert "`config.batch_size` must be positive" in runs.error_line(errors)
+    assert "`config.batch_size` must be positive" in trainings.error_line(errors)
 
 
 def test_told_while_it_compiles_it_ends_at_once(tmp_path):
     # Without what was compiled before it takes many seconds.
-    process = runs.start(tmp_path, JAX_ENABLE_COMPILATION_CACHE="0")
-    with runs.ended(process):
+    process = trainings.start(tmp_path, JAX_ENABLE_COMPILATION_CACHE="0")
+    with trainings.ended(process):
         _read_until(process, "compiling the training step")
         process.send_signal(signal.SIGTERM)
-        code, output, errors = runs.end(process)
+        code, output, errors = trainings.end(process)
     assert (code, errors) == (PREEMPTED, "")
     assert output == "told to end: there was nothing to save yet.\n"
-    assert not runs.saved_steps(tmp_path)
+    assert not trainings.saved_steps(tmp_path)
 
 
 def test_told_in_an_evaluation_it_makes_up_for_it(undisturbed, tmp_path):
     # The fifth of six batches is one of the average's evaluation.
-    process = runs.start(tmp_path, tamper={"die": ["evaluation", 5], "by": "SIGTERM"})
-    code, output, errors = runs.end(process)
+    process = trainings.start(tmp_path, tamper={"die": ["evaluation", 5], "by": "SIGTERM"})
+    code, output, errors = trainings.end(process)
     assert (code, errors) == (PREEMPTED, "")
-    (saved,) = runs.saved_steps(tmp_path)
-    assert f"step {saved} of {runs.LAST_STEP} is saved" in output
-    assert not any("eval/loss" in row for row in runs.rows(tmp_path))
-    runs.finish(runs.start(tmp_path))
-    runs.assert_same_run(tmp_path, undisturbed)
+    (saved,) = trainings.saved_steps(tmp_path)
+    assert f"step {saved} of {trainings.LAST_STEP} is saved" in output
+    assert not any("eval/loss" in row for row in trainings.rows(tmp_path))
+    trainings.finish(trainings.start(tmp_path))
+    trainings.assert_same_run(tmp_path, undisturbed)
 
 
 def test_told_in_the_last_evaluation_it_makes_up_for_that_too(undisturbed, tmp_path):
-    last = 6 * len([row for row in runs.rows(undisturbed) if "eval/loss" in row])
-    process = runs.start(tmp_path, tamper={"die": ["evaluation", last], "by": "SIGTERM"})
-    assert runs.end(process)[0] == PREEMPTED
-    assert runs.saved_steps(tmp_path)[-1] == runs.LAST_STEP
-    assert "compiling" not in runs.finish(runs.start(tmp_path))
-    runs.assert_same_run(tmp_path, undisturbed)
+    last = 6 * len([row for row in trainings.rows(undisturbed) if "eval/loss" in row])
+    process = trainings.start(tmp_path, tamper={"die": ["evaluation", last], "by": "SIGTERM"})
+    assert trainings.end(process)[0] == PREEMPTED
+    assert trainings.saved_steps(tmp_path)[-1] == trainings.LAST_STEP
+    assert "compiling" not in trainings.finish(trainings.start(tmp_path))
+    trainings.assert_same_run(tmp_path, undisturbed)
 
 
 def test_told_again_after_it_saved_a_program_still_says_so():

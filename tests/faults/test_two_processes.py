@@ -8,24 +8,24 @@ import socket
 import jax
 import numpy as np
 import pytest
-import runs
+import trainings
 
 from metaformer_jax.training.exit_codes import PREEMPTED, TRAINING_FAILED, USAGE_ERROR
 
 
 def test_two_processes_train_as_one_and_stop_as_one_and_one_goes_on(undisturbed, tmp_path):
-    processes = runs.start_two(tmp_path)
-    with runs.ended(*processes):
-        runs.wait_for_step(tmp_path, 14, processes)
+    processes = trainings.start_two(tmp_path)
+    with trainings.ended(*processes):
+        trainings.wait_for_step(tmp_path, 14, processes)
         # Told to one of them; they agree on a step.
         processes[1].send_signal(signal.SIGTERM)
-        codes, outputs, _ = zip(*map(runs.end, processes), strict=True)
+        codes, outputs, _ = zip(*map(trainings.end, processes), strict=True)
     assert codes == (PREEMPTED, PREEMPTED)
     assert "4 x cpu in 2 processes" in outputs[0]
     # Only one speaks; Gloo reports its connections by itself, and not line by line.
     assert not re.search("step|model|workdir|compil", outputs[1])
-    assert "continuing after step" in runs.finish(runs.start(tmp_path))
-    rows, expected = runs.rows(tmp_path), runs.rows(undisturbed)
+    assert "continuing after step" in trainings.finish(trainings.start(tmp_path))
+    rows, expected = trainings.rows(tmp_path), trainings.rows(undisturbed)
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
         assert row == pytest.approx(wanted, rel=1e-4)
@@ -45,7 +45,7 @@ def _largest_difference(actual, expected):
     """`max|a - b| / max|b|` over all arrays."""
     differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), actual, expected)
     return max(jax.tree.leaves(differences)) / max(
-        np.abs(leaf).max() for leaf in runs.leaves(expected)
+        np.abs(leaf).max() for leaf in trainings.leaves(expected)
     )
 
 
@@ -55,68 +55,70 @@ def test_devices_and_processes_may_be_others_after_every_start(undisturbed, tmp_
     for num_devices, dies_in in ((8, 30), (2, 30)):
         note = tmp_path / f"{num_devices} devices"
         tamper = {"die": ["step", dies_in, 0.0], "note": str(note)}
-        code, _, errors = runs.end(runs.start(workdir, num_devices=num_devices, tamper=tamper))
+        code, _, errors = trainings.end(
+            trainings.start(workdir, num_devices=num_devices, tamper=tamper)
+        )
         assert code == -signal.SIGKILL, errors
         sequence |= _noted(note)
     notes = [tmp_path / f"process {index} of 2" for index in range(2)]
     tampers = [{"die": ["step", 30, 0.0], "note": str(note)} for note in notes]
-    two = runs.start_two(workdir, tampers=tampers)
-    with runs.ended(*two):
-        assert -signal.SIGKILL in [runs.end(process)[0] for process in two]
+    two = trainings.start_two(workdir, tampers=tampers)
+    with trainings.ended(*two):
+        assert -signal.SIGKILL in [trainings.end(process)[0] for process in two]
     sequence |= _noted(*notes)
     tamper = {"note": str(tmp_path / "one again")}
-    assert "continuing after step" in runs.finish(runs.start(workdir, tamper=tamper))
+    assert "continuing after step" in trainings.finish(trainings.start(workdir, tamper=tamper))
     sequence |= _noted(tmp_path / "one again")
     assert sequence == _noted(undisturbed / "examples.jsonl")
-    params, expected = (runs.state(folder)["params"] for folder in (workdir, undisturbed))
+    params, expected = (trainings.state(folder)["params"] for folder in (workdir, undisturbed))
     assert _largest_difference(params, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("dying", [0, 1])
 def test_when_one_of_two_processes_dies_the_other_ends_with_an_error(dying, tmp_path):
-    processes = runs.start_two(tmp_path)
-    with runs.ended(*processes):
-        runs.wait_for_step(tmp_path, 26, processes)
+    processes = trainings.start_two(tmp_path)
+    with trainings.ended(*processes):
+        trainings.wait_for_step(tmp_path, 26, processes)
         processes[dying].kill()
-        code, _, errors = runs.end(processes[1 - dying], seconds=60)
+        code, _, errors = trainings.end(processes[1 - dying], seconds=60)
     # By an error of the devices, or by JAX itself, whichever notices first.
     assert code in (TRAINING_FAILED, -signal.SIGABRT)
     assert "died" in errors or "crashed" in errors
     if dying == 1:
         # The one left may have saved on its own; it is whole or not there.
-        assert "continuing after step" in runs.finish(runs.start(tmp_path))
-        assert runs.rows(tmp_path)[-1]["step"] == runs.LAST_STEP
+        assert "continuing after step" in trainings.finish(trainings.start(tmp_path))
+        assert trainings.rows(tmp_path)[-1]["step"] == trainings.LAST_STEP
 
 
 def test_an_error_of_one_of_two_processes_ends_both(tmp_path):
-    processes = runs.start_two(
+    processes = trainings.start_two(
         tmp_path, "--config.data.num_workers=1", tampers=(None, {"die": ["worker", 9]})
     )
-    with runs.ended(*processes):
-        code, _, errors = runs.end(processes[1])
+    with trainings.ended(*processes):
+        code, _, errors = trainings.end(processes[1])
         assert code == TRAINING_FAILED
-        assert "A worker that reads data has died" in runs.error_line(errors)
-        code, _, errors = runs.end(processes[0], seconds=60)
+        assert "A worker that reads data has died" in trainings.error_line(errors)
+        code, _, errors = trainings.end(processes[0], seconds=60)
     assert code in (TRAINING_FAILED, -signal.SIGABRT)
 
 
 def test_an_evaluation_by_two_processes_ends_when_told(undisturbed):
     tamper = {"die": ["evaluation", 1], "by": "SIGTERM"}
-    processes = runs.start_two(undisturbed, "--mode=eval", tampers=(None, tamper))
-    with runs.ended(*processes):
-        assert runs.end(processes[1], seconds=120)[0] == PREEMPTED
+    processes = trainings.start_two(undisturbed, "--mode=eval", tampers=(None, tamper))
+    with trainings.ended(*processes):
+        assert trainings.end(processes[1], seconds=120)[0] == PREEMPTED
 
 
 def test_two_processes_with_a_workdir_each_both_end_at_the_start(tmp_path):
-    processes = runs.start_two(tmp_path / "first", second_workdir=tmp_path / "second")
-    with runs.ended(*processes):
+    processes = trainings.start_two(tmp_path / "first", second_workdir=tmp_path / "second")
+    with trainings.ended(*processes):
         codes, _, errors = zip(
-            *(runs.end(process, seconds=60) for process in processes), strict=True
+            *(trainings.end(process, seconds=60) for process in processes), strict=True
         )
     assert codes == (USAGE_ERROR, USAGE_ERROR)
     host = socket.gethostname()
     for index, name in enumerate(("first", "second")):
-        message = runs.error_line(errors[index])
+        message = trainings.error_line(errors[index])
         workdir = str(tmp_path / name)
         assert f"got {workdir!r} for process {index} on {host}" in message
         assert f"does not show for process 1 on {host}. Use a folder that all" in message
@@ -136,7 +138,7 @@ def test_two_processes_with_a_workdir_each_both_end_at_the_start(tmp_path):
     ],
 )
 def test_processes_that_cannot_find_each_other_are_refused(flags, message, tmp_path):
-    code, _, errors = runs.end(runs.start(tmp_path / "new", *flags))
+    code, _, errors = trainings.end(trainings.start(tmp_path / "new", *flags))
     assert code == 2
     assert message in errors
     assert "Traceback" not in errors
