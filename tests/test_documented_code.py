@@ -127,6 +127,12 @@ def for_many_images(run, patch):
     assert len(names["stages_of"](IMAGES)) == 3
 
 
+@shows("docs/using.md", "per_image=True")
+def a_function_of_ones_own_for_many_images(run, patch):
+    names = run(model=small_model(), metaformer_jax=metaformer_jax)
+    np.testing.assert_allclose(names["probabilities_of"](IMAGES).sum(-1), 1, rtol=1e-5)
+
+
 @shows("docs/using.md", "deserialize")
 def a_program_without_this_package(run, patch):
     exported = export_stablehlo(small_model(), platforms=("cpu",))

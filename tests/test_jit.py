@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaformer_jax.models import FAMILIES, MetaFormer, compiler_options, jit_inference
+from metaformer_jax.models import FAMILIES, MetaFormer, compiler_options, cores, jit_inference
 from metaformer_jax.models import jit as models_jit
 
 
@@ -50,6 +50,7 @@ def num_arguments(monkeypatch):
         return called
 
     monkeypatch.setattr(models_jit, "jax", types.SimpleNamespace(**vars(jax) | {"jit": jit}))
+    monkeypatch.setattr(cores, "num_cores", lambda: 1)
     return calls
 
 
@@ -139,6 +140,125 @@ def test_keywords_are_the_functions(model, images):
     np.testing.assert_allclose(answer(factor=3.0, images=images), expected, rtol=1e-5, atol=1e-6)
     within = jax.jit(lambda factor: answer(images, factor=factor))(3.0)
     np.testing.assert_allclose(within, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def divided(monkeypatch):
+    """The sizes of the batches that programs for three cores got, and the sizes compiled for."""
+    seen = types.SimpleNamespace(sizes=[], compiled=[])
+
+    def size_of(inputs, named):
+        return len(jax.tree.leaves((inputs, named))[-1])
+
+    class Jitted:
+        def __init__(self, jitted):
+            self._jitted = jitted
+
+        def __call__(self, *inputs, **named):
+            seen.sizes.append(size_of(inputs, named))
+            return self._jitted(*inputs, **named)
+
+        def trace(self, *inputs, **named):
+            traced = self._jitted.trace(*inputs, **named)
+
+            def compiled():
+                seen.compiled.append(size_of(inputs, named))
+                program = traced.lower().compile()
+
+                def run(*inputs, **named):
+                    seen.sizes.append(size_of(inputs, named))
+                    return program(*inputs, **named)
+
+                return run
+
+            lowered = types.SimpleNamespace(compile=compiled)
+            return types.SimpleNamespace(
+                jaxpr=traced.jaxpr, out_info=traced.out_info, lower=lambda: lowered
+            )
+
+    monkeypatch.setattr(models_jit, "InParts", lambda jitted: cores.InParts(Jitted(jitted)))
+    monkeypatch.setattr(cores, "num_cores", lambda: 3)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "parts"), [(1, [1]), (2, [1, 1]), (4, [2, 2]), (6, [2, 2, 2]), (5, [5])]
+)
+def test_a_batch_is_divided_evenly_among_the_cores(model, divided, batch_size, parts):
+    images = jax.random.normal(jax.random.key(0), (batch_size, 32, 32, 3))
+    answered = jit_inference(model)(images)
+    assert divided.sizes == parts
+    np.testing.assert_allclose(answered, expected(model, images), rtol=1e-5, atol=1e-6)
+
+
+def test_each_array_of_a_result_is_put_together_in_order(model, divided):
+    images = np.random.default_rng(0).standard_normal((4, 32, 32, 3), np.float32)
+    stages = jit_inference(model, MetaFormer.features)(images)
+    assert divided.sizes == [2, 2]
+    model.eval()
+    for ours, theirs in zip(stages, model.features(images), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_other_functions_are_divided_on_request_only(model, images, divided):
+    def weighed(model, images, weights):
+        return model(images) * weights[:, None]
+
+    weights = jnp.arange(1.0, 3)
+    for per_image in (None, True, False):
+        jit_inference(model, weighed, per_image=per_image)(images, weights)
+    assert divided.sizes == [1, 1]
+    # What is shared by all images cannot be divided.
+    del divided.sizes[:]
+    jit_inference(model, weighed, per_image=True)(images, jnp.ones(1))
+    assert divided.sizes == [1]
+
+
+def test_a_batch_that_is_spread_over_devices_is_not_divided(model, images, divided):
+    mesh = Mesh(jax.devices()[:2], "data")
+    spread = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+    answered = jit_inference(model)(spread)
+    assert divided.sizes == [2]
+    np.testing.assert_allclose(answered, expected(model, images), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_of_another_class_is_not_divided(model, images, divided):
+    class Centred(MetaFormer):
+        def __call__(self, images):
+            logits = super().__call__(images)
+            return logits - logits.mean(0)
+
+    centred = Centred(model.spec, num_classes=10, image_size=32, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(jit_inference(centred)(images).mean(0), 0, atol=1e-6)
+    assert divided.sizes == []
+
+
+def test_a_result_that_is_not_by_image_is_refused_where_it_should_be(model, images, divided):
+    def mean(model, images):
+        return model(images).mean()
+
+    with pytest.raises(ValueError, match=r"first axis, got shape \(\) .*per_image=False"):
+        jit_inference(model, mean, per_image=True)(images)
+    assert jit_inference(model, mean)(images).shape == ()
+
+
+def test_an_error_tells_the_shape_that_was_given(model):
+    with pytest.raises(ValueError, match=r"got shape \(6, 3, 32, 32\)"):
+        jit_inference(model)(jnp.zeros((6, 3, 32, 32)))
+
+
+def test_settings_of_the_calling_thread_hold_for_all_parts(model, divided):
+    def product(model, images):
+        return images @ jnp.ones((3, 3))
+
+    answer = jit_inference(model, product, per_image=True)
+    images = np.ones((6, 3), np.float64)
+    assert answer(images).dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert answer(images).dtype == jnp.float64
+    assert answer(images).dtype == jnp.float32
+    assert divided.sizes == [2, 2, 2] * 3
+    assert divided.compiled == [2, 2]
 
 
 @pytest.fixture

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from metaformer_jax.models.cores import InParts
+from metaformer_jax.models.metaformer import MetaFormer
+
 # On CPUs XLA hands matrix products, convolutions and sums to the library YNNPACK. With Eigen, its
 # other library, for the first two, these models are up to 1.2 times as fast (on two AVX-512 cores;
 # other CPUs were not measured); sums and softmaxes are faster with YNNPACK. In its own loops XLA
@@ -47,19 +50,27 @@ def _knows_options_for_cpus() -> bool:
 
 
 def jit_inference(
-    model: nnx.Module, function: Callable[..., Any] = operator.call
+    model: nnx.Module,
+    function: Callable[..., Any] = operator.call,
+    *,
+    per_image: bool | None = None,
 ) -> Callable[..., Any]:
     """A model with its current weights as a fast function, jitted with `compiler_options`.
 
     On a CPU the weights become constants of the program: XLA arranges them for its matrix products
     once instead of in every call. Such a program takes longer to compile, and about three times the
-    memory of the weights; for a few images `nnx.jit` is the better choice. On other platforms, and
-    for weights on several devices, the weights are arguments as usual.
+    memory of the weights; for a few images `nnx.jit` is the better choice. The cores also work on
+    parts of a batch at the same time. On other platforms, and for weights on several devices, the
+    weights are arguments and the batch stays whole, as usual.
 
     Args:
         model: is not changed; later changes to it have no effect. It runs in evaluation mode.
         function: called with a model and the arguments of the returned function, such as
             `metaformer_jax.MetaFormer.features`; by default calls the model.
+        per_image: whether the function returns, for each image of a batch, what depends on this
+            image alone, along the first axis of each array. Only then can the batch be divided. By
+            default it is taken to be so for the call and the methods of a `MetaFormer`, and not for
+            any other function or model.
 
     Returns:
         A function of the arguments of `function` other than the model, all of which must be arrays,
@@ -89,11 +100,16 @@ def jit_inference(
 
     if _is_traced(leaves):
         return functools.partial(answer, leaves)
+    if per_image is None:
+        methods = (operator.call, *vars(MetaFormer).values())
+        per_image = type(model) is MetaFormer and function in methods
     platforms = _platforms(leaves)
     if platforms == ["cpu"]:
         jitted: Callable[..., Any] = jax.jit(
             functools.partial(answer, leaves), compiler_options=compiler_options("cpu")
         )
+        if per_image:
+            jitted = InParts(jitted)
     else:
         jitted = functools.partial(
             jax.jit(answer, compiler_options=compiler_options(platforms[0])), leaves

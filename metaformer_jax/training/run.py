@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -17,6 +16,7 @@ from metaformer_jax.data import augment, loader
 from metaformer_jax.data.device import DeviceTransform, check_groups
 from metaformer_jax.data.randaugment import RandAugmentPolicy, parse_policy
 from metaformer_jax.data.sources import Source, open_source
+from metaformer_jax.models.cores import num_cores
 from metaformer_jax.training import optim, settings, sharding
 from metaformer_jax.training.feeding import PlacedBatches
 from metaformer_jax.training.provenance import check_same_network
@@ -271,8 +271,7 @@ def _check_batch(
 
 
 def _workers(data: ml_collections.ConfigDict) -> loader.Workers:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_workers = data.num_workers if data.num_workers >= 0 else cores or 1
+    num_workers = data.num_workers if data.num_workers >= 0 else num_cores()
     return loader.Workers(num_workers=num_workers, num_threads=data.num_threads)
 
 
