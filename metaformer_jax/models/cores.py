@@ -65,6 +65,7 @@ class InParts:
         # arrays of the same shapes, with the same settings, the trace is the same object again.
         try:
             traced = self._jitted.trace(*self._fixed, *inputs, **named)
+        # Whatever it is: the call with the whole batch raises it with the shape that was given.
         except Exception:
             return None
         if id(traced.jaxpr) not in self._programs:

@@ -78,7 +78,8 @@ def jit_inference(
         gradient it becomes a part of that program.
 
     Raises:
-        ValueError: the model is abstract (`nnx.eval_shape`), or not an `nnx.Module`.
+        ValueError: the model is abstract (`nnx.eval_shape`), or not an `nnx.Module`. The returned
+            function raises one where results of a `per_image` function have no axis of images.
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(
