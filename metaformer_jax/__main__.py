@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import metaformer_jax
-from metaformer_jax.training.exit_codes import USAGE_ERROR
+from metaformer_jax.exit_codes import USAGE_ERROR
 
 
 class Command(NamedTuple):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
+from metaformer_jax import programs
 
 if TYPE_CHECKING:
     from metaformer_jax.models import MetaFormer
@@ -79,7 +79,11 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     for path in args.output:
         if args.reverse and not write.is_file_name(path):
             parser.error(f"--reverse writes a file, .pth or .safetensors, not {path}")
-        if not args.reverse and write.is_file_name(path) and path.suffix != ".safetensors":
+        if (
+            not args.reverse
+            and write.is_file_name(path)
+            and files.suffix_of(path) != files.SAFETENSORS
+        ):
             parser.error(f"a PyTorch file, {path}, takes --reverse")
         if path.resolve() == args.input.resolve():
             parser.error(f"INPUT and --output must differ, both are {path}")
@@ -150,23 +154,20 @@ def main(
     argv: Sequence[str] | None = None, *, prog: str = "python -m metaformer_jax.convert"
 ) -> int:
     """Runs the program: 0 if all was written, 2 and one message if not."""
-    args = parse_args(argv, prog)
-    from metaformer_jax.weights import DownloadError
+    # The paths on the command line are checked by modules that take seconds to import.
+    return programs.run(
+        lambda: _convert(parse_args(argv, prog)),
+        if_interrupted="interrupted; nothing was written",
+    )
 
-    try:
-        records = convert(args)
-    except (ValueError, OSError, ImportError, DownloadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+
+def _convert(args: argparse.Namespace) -> None:
+    records = convert(args)
     for path, record in zip(args.output, records, strict=True):
         entry = f", {record.source_entry}" if record.source_entry else ""
         source = f" from {record.source_layout} layout{entry}" if record.source_layout else ""
         frozen = f" and {record.frozen_params:,} frozen" if record.frozen_params else ""
         print(f"{path}: {record.model}, {record.params:,}{frozen} parameters{source}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from metaformer_jax.training.exit_codes import USAGE_ERROR
+from metaformer_jax import programs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,19 +59,19 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
     """Serves the page until it is interrupted; returns the exit code."""
     args = parse_args(argv, prog)
+    return programs.run(lambda: _show(args))
+
+
+def _show(args: argparse.Namespace) -> None:
+    _check_free(args.port)
+    # Read when gradio is imported.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    page = build_page(args.model, args.weights)
     try:
-        _check_free(args.port)
-        # Read when gradio is imported.
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        page = build_page(args.model, args.weights)
         serve(page, args.port)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
     except KeyboardInterrupt:
         print()
-    return 0
 
 
 def _check_free(port: int) -> None:

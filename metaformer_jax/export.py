@@ -13,7 +13,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
+from metaformer_jax import programs
 
 FORMATS = ("stablehlo", "onnx")
 _PROG = "python -m metaformer_jax.export"
@@ -62,17 +62,7 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
     """Writes the file and its JSON; returns the exit code."""
     args = parse_args(argv, prog)
-    from metaformer_jax.weights import DownloadError
-
-    try:
-        _export(args)
-    except (ValueError, ImportError, OSError, DownloadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return programs.run(lambda: _export(args), if_interrupted="interrupted; nothing was written")
 
 
 def _export(args: argparse.Namespace) -> None:

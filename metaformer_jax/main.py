@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from metaformer_jax.training.exit_codes import (
+from metaformer_jax.exit_codes import (
     INTERRUPTED,
     PREEMPTED,
     TRAINING_FAILED,

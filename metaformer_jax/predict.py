@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
-from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
+from metaformer_jax import programs
 
 if TYPE_CHECKING:
     from metaformer_jax.inference import Classifier
@@ -120,34 +120,12 @@ def main(
 ) -> int:
     """Predicts, prints or writes; returns the exit code."""
     args = parse_args(argv, prog)
-    import jax
-
-    from metaformer_jax.weights import DownloadError
-
-    try:
-        with warnings.catch_warnings():
-            # Pillow's, of what it finds odd in a file: what matters here is said by name.
-            warnings.filterwarnings("ignore", module=r"PIL|metaformer_jax\.(data|inference)")
-            return _predict(args)
-    except (ValueError, ImportError, DownloadError) as error:
-        return _failed(error)
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        return _failed(f"the device failed: {reason} A smaller --batch-size takes less memory.")
-    except BrokenPipeError:
-        # Whoever read has read enough; Python's own flush at the end must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _failed(f"{error.filename}: {error.strerror}" if error.filename else error)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _failed(error: Exception | str) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return USAGE_ERROR
+    with warnings.catch_warnings():
+        # Pillow's, of what it finds odd in a file: what matters here is said by name.
+        warnings.filterwarnings("ignore", module=r"PIL|metaformer_jax\.(data|inference)")
+        return programs.run(
+            lambda: _predict(args), if_device_fails="A smaller --batch-size takes less memory."
+        )
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -157,14 +135,16 @@ def _predict(args: argparse.Namespace) -> int:
     paths, problems = find_images(args.images)
     if not paths:
         for problem in problems[:-1]:
-            print(f"error: {problem}", file=sys.stderr)
-        return _failed(problems[-1])
+            programs.failed(problem)
+        return programs.failed(problems[-1])
     for output in (args.output, args.explain):
         if output and output.expanduser().resolve() in {path.resolve() for path in paths}:
-            return _failed(f"{output} is a picture to predict, and would be replaced.")
+            return programs.failed(f"{output} is a picture to predict, and would be replaced.")
     outputs = [path.expanduser().resolve() for path in (args.output, args.explain) if path]
     if len(set(outputs)) < len(outputs):
-        return _failed(f"--output and --explain must be two files, got {args.output} for both.")
+        return programs.failed(
+            f"--output and --explain must be two files, got {args.output} for both."
+        )
     class_names = _read_class_names(args.class_names) if args.class_names else None
 
     from metaformer_jax.inference.classifier import load_classifier

@@ -9,10 +9,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import logging
-from rich.console import Console
-
-from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
+from metaformer_jax import programs
 
 
 def main(
@@ -35,49 +32,39 @@ def main(
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
     parser.add_argument("-j", "--workers", type=int, default=-1, help="-1: one for each core")
     options = parser.parse_args(arguments)
-    logging.set_verbosity(logging.WARNING)
+    return programs.run(
+        lambda: _validate(options), if_device_fails="A smaller --batch-size takes less memory."
+    )
 
-    import jax
+
+def _validate(options: argparse.Namespace) -> None:
+    # Imported here: --help and a mistyped option are answered at once.
+    from absl import logging
+    from rich.console import Console
 
     from metaformer_jax import models
-    from metaformer_jax.data.loader import DataError
     from metaformer_jax.training import evaluation, recipes
-    from metaformer_jax.weights import DownloadError
 
-    try:
-        info = models.model_info(options.model)
-        config = recipes.base_config()
-        config.model.update(
-            name=info.name,
-            pretrained=options.checkpoint,
-            dtype="bfloat16" if options.amp else "float32",
-        )
-        config.data.update(
-            name="folder",
-            root=str(pathlib.Path(options.data).expanduser()),
-            image_size=info.image_size if options.img_size is None else options.img_size,
-            num_workers=options.workers,
-        )
-        config.update(
-            eval_batch_size=options.batch_size,
-            eval_crop_fraction=options.crop_pct,
-            eval_interpolation=options.interpolation,
-        )
-        evaluation.evaluate(config, console=Console())
-    except (ValueError, OSError, ImportError, DownloadError, DataError) as error:
-        return _failed(error)
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        return _failed(f"the device failed: {reason} A smaller --batch-size takes less memory.")
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return 0
-
-
-def _failed(error: Exception | str) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return USAGE_ERROR
+    logging.set_verbosity(logging.WARNING)
+    info = models.model_info(options.model)
+    config = recipes.base_config()
+    config.model.update(
+        name=info.name,
+        pretrained=options.checkpoint,
+        dtype="bfloat16" if options.amp else "float32",
+    )
+    config.data.update(
+        name="folder",
+        root=str(pathlib.Path(options.data).expanduser()),
+        image_size=info.image_size if options.img_size is None else options.img_size,
+        num_workers=options.workers,
+    )
+    config.update(
+        eval_batch_size=options.batch_size,
+        eval_crop_fraction=options.crop_pct,
+        eval_interpolation=options.interpolation,
+    )
+    evaluation.evaluate(config, console=Console())
 
 
 if __name__ == "__main__":

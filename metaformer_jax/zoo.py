@@ -10,11 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-from metaformer_jax.training.exit_codes import INTERRUPTED, USAGE_ERROR
+from metaformer_jax import programs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,19 +58,15 @@ def main(
         help="draw the published accuracies against the counts, as .png, .svg or .pdf",
     )
     options = parser.parse_args(arguments)
-    try:
-        _show(options.pattern, options.plot and options.plot.expanduser())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return programs.run(lambda: _show(options.pattern, options.plot and options.plot.expanduser()))
 
 
 def _show(pattern: str | None, plot: pathlib.Path | None) -> None:
     # --help does not wait for JAX.
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
     from metaformer_jax import models
 
     names = models.list_models(pattern)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from metaformer_jax.weights import CheckpointError
-from metaformer_jax.weights.files import read_tensors, sha256, write_tensors
+from metaformer_jax.weights.files import read_metadata, read_tensors, sha256, write_tensors
+from metaformer_jax.weights.write import is_file_name
 
 TENSORS = {
     "stages.0.0.norm1.weight": np.arange(6, dtype=np.float32),
@@ -194,12 +195,14 @@ def test_bfloat16_is_read_as_it_is_from_both_formats(tmp_path):
         np.testing.assert_array_equal(read["a"].astype(np.float32), tensors["a"].float().numpy())
 
 
-@pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "out.PTH", "out.SafeTensors"])
 def test_written_files_hold_arrays_of_any_strides(tmp_path, name):
     strided = np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
     read_only = strided.copy()
     read_only.flags.writeable = False
-    write_tensors(tmp_path / name, {"strided": strided, "read_only": read_only}, {})
+    write_tensors(tmp_path / name, {"strided": strided, "read_only": read_only}, {"own": ""})
+    assert is_file_name(name)
+    assert ("own" in read_metadata(tmp_path / name)) == name.lower().endswith(".safetensors")
     tensors, _ = read_tensors(tmp_path / name)
     np.testing.assert_array_equal(tensors["strided"], strided)
     np.testing.assert_array_equal(tensors["read_only"], strided)

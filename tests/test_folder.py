@@ -177,7 +177,7 @@ def _empty_split(root):
     [
         (_no_root, "`root` must be a folder that holds 'train' and 'val', .* which is not there"),
         (_a_file, "`root` must be a folder .* which is no folder"),
-        (_the_split_itself, "without 'train' and 'val'. It holds 'n01440764', 'n01443537', "),
+        (_the_split_itself, "hold 'val' .* without 'val'. It holds 'n01440764', 'n01443537', "),
         (_no_val, "without 'val'. It holds 'train', 'validation'"),
         (_flat_val, "one folder for each class, got none. It holds 'n0.* and 4 more. Put each"),
         (_empty_split, "one folder for each class, got none. It holds nothing"),

@@ -15,10 +15,12 @@ PROGRAMS = {"__main__", "convert", "demo", "export", "main", "predict", "validat
 MAY_IMPORT = {
     "models": {"models"},
     "weights": {"weights", "models"},
-    "data": {"data"},
+    "data": {"data", "programs"},
     "explain": {"explain", "models"},
     "inference": {"inference", "explain", "models", "weights", "data"},
-    "training": {"training", "models", "weights", "data"},
+    "training": {"training", "models", "weights", "data", "exit_codes"},
+    "programs": {"exit_codes"},
+    "exit_codes": set(),
     "__init__": {"models", "weights"},
 }
 MODELS_MAY_IMPORT = {"flax", "jax", "jaxtyping", "metaformer_jax", "numpy"}

@@ -141,6 +141,15 @@ def test_lamb_moves_each_decayed_parameter_by_the_rate_times_its_norm():
     np.testing.assert_allclose(updates["scale"], -0.1, rtol=1e-3)
 
 
+def test_lamb_scales_nothing_without_weight_decay():
+    # As published: the trust ratio is for parameters with weight decay.
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.float32(rng.normal(size=(5, 4))), "scale": jnp.ones(4)}
+    gradients = jax.tree.map(jnp.cos, params)
+    lamb, adam = (_updates(params, gradients, name, weight_decay=0) for name in ("lamb", "adamw"))
+    jax.tree.map(np.testing.assert_array_equal, lamb, adam)
+
+
 def test_gradients_are_cut_to_the_global_norm():
     # With eps as large as it is here, an Adam step shows the gradient's size.
     params = {"a": jnp.zeros((3, 3)), "b": jnp.zeros(16)}

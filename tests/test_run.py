@@ -9,6 +9,7 @@ import pytest
 
 from metaformer_jax.training import recipes, settings
 from metaformer_jax.training.run import Run
+from metaformer_jax.weights import DownloadError, hub
 
 # Another value for each field, than that of the config below.
 CHANGES = {
@@ -174,3 +175,13 @@ def test_the_transform_on_the_device_is_the_configs():
         "mixing_group_size": 8,
         "erasing_probability": 0.0,
     }
+
+
+@pytest.mark.parametrize("name", ["caformer_s18_in21k", "convformer_b36_384_in21kft1k"])
+def test_weights_are_fetched_by_any_published_name(name, monkeypatch):
+    def fetch(given):
+        raise DownloadError(given)
+
+    monkeypatch.setattr(hub, "converted_file", fetch)
+    with pytest.raises(DownloadError, match=f"^{name}$"):
+        Run(_config(**{"model.pretrained": name})).pretrained_variables()

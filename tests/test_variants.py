@@ -5,7 +5,7 @@ import reference
 from flax import nnx
 
 import metaformer_jax
-from metaformer_jax.models import FAMILIES, count
+from metaformer_jax.models import FAMILIES, count, is_published
 from metaformer_jax.weights.layouts import sail_key
 
 TABLE = reference.checkpoint_table()
@@ -129,6 +129,8 @@ def test_the_publications_other_spelling_is_an_alias():
     alias = metaformer_jax.model_info("convformer_b36_384_in21kft1k")
     assert alias == metaformer_jax.model_info("convformer_b36_384_in21ft1k")
     assert "convformer_b36_384_in21kft1k" not in NAMES
+    assert is_published("convformer_b36_384_in21kft1k")
+    assert not is_published("caformer_s19")
 
 
 def test_an_unknown_name_offers_the_close_ones():

@@ -67,12 +67,3 @@ def test_a_picture_that_cannot_be_written_is_refused_before_counting(
     monkeypatch.setattr(zoo, "_count", None)
     assert zoo.main(["--plot", path]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_an_interrupt_is_one_line(capsys, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(zoo, "_count", interrupt)
-    assert zoo.main(["identityformer_s12"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"

@@ -89,15 +89,14 @@ def _split_folders(root: pathlib.Path, split: str) -> dict[str, pathlib.Path]:
     held_out = "val" if (root / "val").is_dir() or not (root / "test").is_dir() else "test"
     folders = {"train": root / "train", "val": root / held_out}
     # To evaluate takes no training images.
-    if split != "train" and not folders["train"].is_dir() and folders["val"].is_dir():
-        return {"val": folders["val"]}
-    if missing := [name for name, folder in folders.items() if not folder.is_dir()]:
+    needed = ["train", "val"] if split == "train" else ["val"]
+    if missing := [name for name in needed if not folders[name].is_dir()]:
         raise ValueError(
-            f"`root` must hold the folders 'train' and 'val' (or 'test'), got {str(root)!r} "
-            f"without {' and '.join(map(repr, missing))}. It holds "
-            f"{_listing(sorted(os.listdir(root)))}."
+            f"`root` must hold {' and '.join(map(repr, needed))} (or 'test'), a folder with one "
+            f"folder for each class, got {str(root)!r} without {' and '.join(map(repr, missing))}. "
+            f"It holds {_listing(sorted(os.listdir(root)))}."
         )
-    return folders
+    return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
 
 def _class_folders(folder: pathlib.Path) -> list[str]:

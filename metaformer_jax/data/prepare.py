@@ -15,6 +15,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from metaformer_jax import programs
+
 _PROG = "python -m metaformer_jax.data.prepare"
 
 
@@ -25,8 +27,8 @@ def parse_args(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> argpa
         description=__doc__.replace(_PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    programs = parser.add_subparsers(dest="program", required=True)
-    imagenet = programs.add_parser(
+    commands = parser.add_subparsers(dest="program", required=True)
+    imagenet = commands.add_parser(
         "imagenet", help="ImageNet (ILSVRC 2012) from its two archives, through TFDS's builder"
     )
     imagenet.add_argument(
@@ -50,7 +52,7 @@ def parse_args(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> argpa
     imagenet.add_argument(
         "--any-size", action="store_true", help="take archives of other sizes, such as excerpts"
     )
-    convert = programs.add_parser(
+    convert = commands.add_parser(
         "arrayrecord", help="a TFDS data set in TFRecord files as one in ArrayRecord files"
     )
     convert.add_argument(
@@ -102,17 +104,13 @@ def run(args: argparse.Namespace) -> pathlib.Path:
 def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
     """Runs the program: 0 if all was written, 2 and one message if not."""
     args = parse_args(argv, prog=prog)
-    try:
-        folder = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; there is no result", file=sys.stderr)
-        return 130
+    return programs.run(lambda: _prepare(args), if_interrupted="interrupted; there is no result")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    folder = run(args)
     name = "/".join(folder.relative_to(args.output.expanduser().absolute()).parts[:-1])
     print(f"{folder}\nUse it with data.name={name} and data.root={args.output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import itertools
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, UInt8
 from metaformer_jax.data.transforms import BadImageError
 from metaformer_jax.inference.classifier import Classifier
 from metaformer_jax.inference.images import read_image
+from metaformer_jax.models.cores import num_cores
 
 # Each may hold a picture of half a gigabyte.
 _MAX_THREADS = 4
@@ -95,7 +95,7 @@ def _read_batches(
             return Unreadable(path, error.strerror or str(error))
         return _Read(path, pixels, tuple(notes))
 
-    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    num_threads = min(_MAX_THREADS, num_cores())
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         reading: list[concurrent.futures.Future[_Read | Unreadable]] = []
         remaining = iter(paths)

@@ -165,7 +165,7 @@ def load_classifier(
 
 def _only_name(architectures: tuple[str, ...], path: pathlib.Path) -> str:
     # A file that kept its published name tells the resolution, too.
-    if path.stem in models.list_models() and model_info(path.stem).architecture in architectures:
+    if models.is_published(path.stem) and model_info(path.stem).architecture in architectures:
         return path.stem
     if len(architectures) != 1:
         looks = f", which looks like {' or '.join(architectures)}" if architectures else ""

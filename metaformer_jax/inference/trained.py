@@ -13,6 +13,7 @@ from metaformer_jax.models import (
     model_info,
 )
 from metaformer_jax.weights import CheckpointError, read_record, workdir
+from metaformer_jax.weights.files import SAFETENSORS, suffix_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def read_settings(path: pathlib.Path) -> Told:
         return _read_config(path / "config.json")
     if path.is_dir():
         record = read_record(path)
-    elif path.is_file() and path.suffix == ".safetensors":
+    elif path.is_file() and suffix_of(path) == SAFETENSORS:
         try:
             record = read_record(path)
         except CheckpointError:

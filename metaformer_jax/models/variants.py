@@ -245,6 +245,11 @@ def list_models(pattern: str | None = None) -> list[str]:
     return [name for name in _MODELS if pattern is None or fnmatch.fnmatchcase(name, pattern)]
 
 
+def is_published(name: str) -> bool:
+    """Whether `model_info` knows the name, which may be another spelling of a published one."""
+    return _ALIASES.get(name, name) in _MODELS
+
+
 def model_info(name: str) -> ModelInfo:
     """What was published about a model.
 

@@ -48,7 +48,7 @@ def described_sources(
         )
     except (ValueError, OSError, ImportError):
         name = config.model.name
-        is_21k = name in models.list_models() and models.model_info(name).num_classes == 21841
+        is_21k = models.is_published(name) and models.model_info(name).num_classes == 21841
         known, num_train, num_eval, num_classes = _IMAGENET_21K if is_21k else _IMAGENET_1K
         channels = len(data.mean)
         text = (

@@ -125,7 +125,8 @@ def make_optimizer(
 
     Neither applies weight decay to one-dimensional parameters (scales and biases). LAMB, as
     published for CAFormer, scales each update to the norm of its parameter (the trust ratio,
-    unclipped), but not for one-dimensional parameters.
+    unclipped), but not for parameters without weight decay: those of one dimension, or all if
+    `weight_decay` is 0.
 
     Args:
         name: `"adamw"` or `"lamb"`.
@@ -147,7 +148,7 @@ def make_optimizer(
         parts.append(optax.clip_by_global_norm(max_grad_norm))
     parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
     parts.append(optax.add_decayed_weights(weight_decay, mask=is_decayed))
-    if name == "lamb":
+    if name == "lamb" and weight_decay:
         parts.append(optax.masked(optax.scale_by_trust_ratio(), is_decayed))
     if layer_decay != 1:
         parts.append(_scale_layers(layer_decay))

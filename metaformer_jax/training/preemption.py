@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-from metaformer_jax.training.exit_codes import PREEMPTED, end_at_once
+from metaformer_jax.exit_codes import PREEMPTED, end_at_once
 
 
 class PreemptedError(RuntimeError):

@@ -151,7 +151,7 @@ class Run:
                     f"got {config.pretrained!r}."
                 )
             path = hub.converted_file(config.name)
-        elif config.pretrained in models.list_models() and not path.exists():
+        elif models.is_published(config.pretrained) and not path.exists():
             path = hub.converted_file(config.pretrained)
         elif is_workdir(path):
             check_same_network(path, self.config, self.engine.model.spec)

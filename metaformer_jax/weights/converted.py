@@ -20,6 +20,7 @@ from metaformer_jax.weights.files import (
     TORCH_SUFFIXES,
     local_path,
     read_metadata,
+    suffix_of,
     write_tensors,
 )
 from metaformer_jax.weights.integrity import verify, write_checksums
@@ -181,7 +182,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 def _remedy(path: pathlib.Path) -> str:
     inside = sorted(path.iterdir()) if path.is_dir() else []
-    checkpoints = [file for file in inside if file.suffix in (SAFETENSORS, *TORCH_SUFFIXES)]
+    checkpoints = [file for file in inside if suffix_of(file) in (SAFETENSORS, *TORCH_SUFFIXES)]
     if checkpoints:
         return f"Give the file that is meant, such as {checkpoints[0]}."
     return "`python -m metaformer_jax.convert` makes them."

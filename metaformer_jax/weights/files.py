@@ -45,6 +45,11 @@ def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(path))
 
 
+def suffix_of(path: str | os.PathLike[str]) -> str:
+    """The end of a file's name that tells its format, such as `.pth`, in lower case."""
+    return pathlib.Path(path).suffix.lower()
+
+
 def check_is_file(path: str | os.PathLike[str]) -> pathlib.Path:
     """The path, if a file is there.
 
@@ -93,7 +98,7 @@ def read_tensors(
         ImportError: a PyTorch file, and torch is not installed.
     """
     path = check_is_file(path)
-    if path.suffix == SAFETENSORS:
+    if suffix_of(path) == SAFETENSORS:
         if entry is not None:
             raise CheckpointError(
                 f"`entry` must be left out for a safetensors file, got {entry!r}."
@@ -116,7 +121,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         CheckpointError: the file is damaged.
     """
     path = check_is_file(path)
-    if path.suffix != SAFETENSORS:
+    if suffix_of(path) != SAFETENSORS:
         return {}
     with _open_safetensors(path) as file:
         return dict(file.metadata() or {})
@@ -137,7 +142,7 @@ def write_tensors(
         OSError: it could not be written.
     """
     path = pathlib.Path(path)
-    if path.suffix == SAFETENSORS:
+    if suffix_of(path) == SAFETENSORS:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 

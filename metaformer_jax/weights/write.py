@@ -1,7 +1,6 @@
 """Writing weights: a converted folder, one portable file, a PyTorch checkpoint in either layout."""
 
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from metaformer_jax.weights.convert import (
     to_tensors,
     variables_of,
 )
-from metaformer_jax.weights.files import SAFETENSORS, TORCH_SUFFIXES, write_tensors
+from metaformer_jax.weights.files import SAFETENSORS, TORCH_SUFFIXES, suffix_of, write_tensors
 from metaformer_jax.weights.outputs import check_output, whole_output
 
 
@@ -71,10 +70,9 @@ def write_variables(
     check_dtypes(variables)
     layout = check_destination(path, name=name, layout=layout, force=force)
     record = converted.make_record(name, model, **source)
-    suffix = pathlib.Path(path).suffix
     if not is_file_name(path):
         record = converted.write_folder(path, variables, record, force=force)
-    elif suffix == SAFETENSORS and layout == "flax":
+    elif suffix_of(path) == SAFETENSORS and layout == "flax":
         converted.write_portable_file(path, variables, record, force=force)
     else:
         with whole_output(path, force=force, is_folder=False) as partial:
@@ -93,7 +91,7 @@ def check_destination(
     """
     model_info(name)
     check_output(path, force=force, is_folder=not is_file_name(path))
-    suffix = pathlib.Path(path).suffix
+    suffix = suffix_of(path)
     if not is_file_name(path):
         if layout not in (None, "flax"):
             raise ValueError(f"`layout` must be left out for a folder, got {layout!r}.")
@@ -111,4 +109,4 @@ def check_destination(
 
 def is_file_name(path: str | os.PathLike[str]) -> bool:
     """Whether an output of this name is a file; anything else is a folder."""
-    return pathlib.Path(path).suffix in (SAFETENSORS, *TORCH_SUFFIXES)
+    return suffix_of(path) in (SAFETENSORS, *TORCH_SUFFIXES)

@@ -7,7 +7,7 @@ import pytest
 import trainings
 
 from metaformer_jax import weights
-from metaformer_jax.training.exit_codes import USAGE_ERROR
+from metaformer_jax.exit_codes import USAGE_ERROR
 from metaformer_jax.weights.workdir import ORBAX_STEP_FILES, newest_whole, read_workdir
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import trainings
 from fake_imagenet import CLASSES, example, write_dataset
 from PIL import Image
 
-from metaformer_jax.training.exit_codes import TRAINING_FAILED
+from metaformer_jax.exit_codes import TRAINING_FAILED
 
 NUM_IMAGES, BATCH_SIZE = 96, 16
 STEPS_PER_EPOCH = NUM_IMAGES // BATCH_SIZE

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import trainings
 
-from metaformer_jax.training.exit_codes import TRAINING_FAILED
+from metaformer_jax.exit_codes import TRAINING_FAILED
 
 
 @pytest.fixture

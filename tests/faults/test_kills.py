@@ -8,7 +8,7 @@ import time
 import pytest
 import trainings
 
-from metaformer_jax.training.exit_codes import TRAINING_FAILED
+from metaformer_jax.exit_codes import TRAINING_FAILED
 
 ARGUMENTS = trainings.ARGUMENTS | {"checkpoint.every_epochs": 0.25, "eval_every_epochs": 0.25}
 # Of each moment so many kills; a run of 24 checkpoints is not finished before all are done.

@@ -5,7 +5,7 @@ import signal
 
 import trainings
 
-from metaformer_jax.training.exit_codes import USAGE_ERROR
+from metaformer_jax.exit_codes import USAGE_ERROR
 
 
 def test_of_two_runs_in_one_workdir_the_second_is_refused(undisturbed, tmp_path):

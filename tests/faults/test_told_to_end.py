@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import trainings
 
-from metaformer_jax.training.exit_codes import (
+from metaformer_jax.exit_codes import (
     INTERRUPTED,
     PREEMPTED,
     USAGE_ERROR,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trainings
 
-from metaformer_jax.training.exit_codes import PREEMPTED, TRAINING_FAILED, USAGE_ERROR
+from metaformer_jax.exit_codes import PREEMPTED, TRAINING_FAILED, USAGE_ERROR
 
 
 def test_two_processes_train_as_one_and_stop_as_one_and_one_goes_on(undisturbed, tmp_path):
