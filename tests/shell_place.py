@@ -100,7 +100,9 @@ class Shell:
             "STAND_IN_WHEELS": str(folder / "wheels"),
             "METAFORMER_JAX_CACHE": str(folder / "cache"),
         }
-        for name in ("PYTHONPATH", "TFDS_DATA_DIR", "HF_HUB_OFFLINE", "MAKEFLAGS"):
+        # Make hands on what is set on its own command line.
+        make = ("MAKEFLAGS", "ARGS", "PYTHON", "WORKDIR")
+        for name in ("PYTHONPATH", "TFDS_DATA_DIR", "HF_HUB_OFFLINE", *make):
             self.environment.pop(name, None)
         (folder / "given").mkdir()
         (folder / "wheels").mkdir()
