@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TextIO
 
 from metaformer_jax.exit_codes import INTERRUPTED, USAGE_ERROR
 
@@ -33,7 +35,10 @@ def run(
             return work() or 0
     except KeyboardInterrupt:
         return failed(if_interrupted, INTERRUPTED)
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        # It may be another pipe, such as that to a worker process.
+        if not _has_lost_its_reader(sys.stdout):
+            return failed(error)
         # Whoever read has read enough; Python's own flush at the end must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -58,6 +63,19 @@ def failed(error: Exception | str, exit_code: int = USAGE_ERROR) -> int:
     """Says on stderr what is wrong; returns the exit code."""
     print(f"error: {error}", file=sys.stderr)
     return exit_code
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    if sys.platform == "win32":  # It cannot be asked there.
+        return True
+    try:
+        pipe = stream.fileno()
+    except OSError:
+        return False
+    poll = select.poll()
+    # Errors and hang-ups are told of unasked.
+    poll.register(pipe, 0)
+    return bool(poll.poll(0))
 
 
 @contextlib.contextmanager

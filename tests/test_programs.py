@@ -40,6 +40,7 @@ def _default_ctrl_c():
             2,
             "out: No space left on device",
         ),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "[Errno 32] Broken pipe"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nAt ..."),
             2,
