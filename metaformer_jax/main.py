@@ -197,7 +197,9 @@ def main(argv: list[str]) -> None:
     except (FloatingPointError, DataError, SaveError) as error:
         code = _tell(error, TRAINING_FAILED)
     except OSError as error:
-        code = _tell(f"{error.filename or 'a file'}: {error.strerror}", TRAINING_FAILED)
+        # Files that were opened long before do not tell their name.
+        file = error.filename or (f"a file in {workdir}" if workdir else "a file")
+        code = _tell(f"{file}: {error.strerror}", TRAINING_FAILED)
     except jax.errors.JaxRuntimeError as error:
         code = _tell(distributed.explain(error), TRAINING_FAILED)
     except PreemptedError as error:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -56,4 +58,4 @@ def save(checkpoints, step, params, frozen, ema=None):
         ema=ema or {},
         num_skipped=np.int32(0),
     )
-    checkpoints.save(state, [], recipes.digits())
+    checkpoints.save(jax.tree.map(jnp.asarray, state), [], recipes.digits())

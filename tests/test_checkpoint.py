@@ -1,7 +1,11 @@
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from metaformer_jax.training import recipes
+from metaformer_jax.training import recipes, sharding
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.guard import Guard
 from metaformer_jax.training.metrics import PendingMetrics
@@ -44,6 +48,34 @@ def test_the_best_stays_that_was_evaluated_after_it_was_saved_and_opened_again(t
             checkpoints.evaluated(step, accuracy)
         checkpoints.wait()
         assert {int(path.name) for path in tmp_path.iterdir()} == {1, 3}
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_on_several_devices_saving_compiles_nothing_and_restores_each_array(tmp_path, fsdp):
+    mesh = sharding.create_mesh(fsdp=fsdp)
+    # Of a shape that no other test has compiled a program for.
+    params = {"head": jnp.arange(8 * 24 * 3, dtype=jnp.float32).reshape(8 * 24, 3)}
+    shardings = sharding.placed(sharding.parameter_specs(params, mesh), mesh)
+    state = dataclasses.replace(_state(1), params=jax.device_put(params, shardings))
+    compiled = []
+
+    def record(name, *_, **__):
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(state, [], recipes.digits())
+            checkpoints.wait()
+            assert not compiled
+            restored = checkpoints.restore(state, recipes.digits())
+        jax.jit(lambda x: x + len(compiled))(jnp.zeros((7, 5)))
+        assert compiled, "nothing is recorded"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
+    np.testing.assert_array_equal(restored.params["head"], params["head"])
+    assert restored.params["head"].sharding == state.params["head"].sharding
 
 
 def test_figures_of_steps_after_a_save_do_not_get_into_its_checkpoint(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Self
 
+import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -76,6 +77,11 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
+            item_handlers={
+                "state": _state_handler(),
+                "pending": ocp.JsonCheckpointHandler(),
+                "about": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 # Removes what a killed run had written in part.
@@ -116,7 +122,7 @@ class Checkpoints:
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(vars(state)),
+                    state=ocp.args.PyTreeSave(vars(state)),
                     pending=ocp.args.JsonSave({"steps": pending}),
                     about=ocp.args.JsonSave(about),
                 ),
@@ -144,11 +150,12 @@ class Checkpoints:
             ValueError: it has other arrays, or is damaged.
         """
         step = self.latest_step()
+        item = vars(abstract_state)
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(vars(abstract_state))),
+            arrays = ocp.args.PyTreeRestore(
+                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
             )
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=arrays))
         # Orbax's own message prints whole trees, and damage can raise errors in any layer below it.
         except Exception as error:
             raise ValueError(self._why_not(step, config, error)) from error
@@ -185,6 +192,15 @@ class Checkpoints:
             step, args=ocp.args.Composite(pending=ocp.args.JsonRestore())
         )
         return restored["pending"]["steps"]
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    # By default, each device that holds a copy of an array writes a part of it, which it gets by a
+    # slice that was compiled for it: for arrays of gigabytes. Here are hundreds of small ones.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    )
 
 
 def set_aside_damaged(directory: pathlib.Path) -> list[str]:
@@ -228,8 +244,8 @@ def _explained() -> Iterator[None]:
     except Exception as error:
         reason = first_line(error)
         raise SaveError(
-            f"A checkpoint could not be written: {reason}. Those before it are good: make room, "
-            "and the same command continues."
+            f"A checkpoint could not be written: {reason}. Those before it are good: once there is "
+            "room and the right to write, the same command continues."
         ) from error
 
 

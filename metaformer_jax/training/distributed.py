@@ -87,13 +87,12 @@ def explain(error: jax.errors.JaxRuntimeError) -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process with an exit code, without waiting for the other processes."""
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # JAX's own exit waits for all processes, which notice the end only by missing heartbeats.
-        os._exit(code)
-    sys.exit(code)
+    """Ends this process with an exit code, without waiting for other processes or threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # JAX's own exit waits for all processes, which notice the end only by missing heartbeats; and
+    # threads of Orbax wait minutes for the folder of a checkpoint that could not be created.
+    os._exit(code)
 
 
 def _is_one_of_several() -> bool:

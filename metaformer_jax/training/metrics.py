@@ -91,13 +91,13 @@ class MetricWriter:
         self._is_writer = is_writer
         if not is_writer:
             return
-        path = workdir / "metrics.jsonl"
+        self._path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        rewritten = path.with_suffix(".tmp")
+        rewritten = self._path.with_suffix(".tmp")
         rewritten.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        rewritten.replace(path)
+        rewritten.replace(self._path)
         self._wandb = _start_wandb(wandb_project, workdir, config or {}) if wandb_project else None
-        self._file = path.open("a")
+        self._file = self._path.open("a")
         self._events = _Events(workdir / "tensorboard", start_step)
 
     def write(self, step: int, **groups: dict[str, float]) -> None:
@@ -112,6 +112,18 @@ class MetricWriter:
         self._events.add_scalars(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+    def has_lost_its_folder(self) -> bool:
+        """Whether the workdir was moved or removed, so that what is written shows nowhere there."""
+        if not self._is_writer:
+            return False
+        try:
+            self._path.stat()
+        except FileNotFoundError:
+            return True
+        except OSError:  # A network file system that does not answer has not lost it.
+            pass
+        return False
 
     def write_picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         """Adds a picture to TensorBoard's events."""

@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from metaformer_jax.data.loader import DataError
 from metaformer_jax.training import settings
-from metaformer_jax.training.checkpoint import Checkpoints, set_aside_damaged
+from metaformer_jax.training.checkpoint import Checkpoints, SaveError, set_aside_damaged
 from metaformer_jax.training.claim import check_shared, claimed_workdir, describe
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
@@ -73,7 +73,7 @@ def train(
         DataError: too many images cannot be read.
         NonFiniteError: the loss or gradient became infinite or NaN.
         PreemptedError: the run was told to end; it has saved a checkpoint.
-        SaveError: a checkpoint could not be written.
+        SaveError: a checkpoint could not be written, or the workdir was moved or removed.
         ImportError: Weights & Biases is requested but not installed.
     """
     console = console or Console()
@@ -228,6 +228,8 @@ class _Training:
                 if saves:
                     # Before the evaluation: if that fails, no training is lost.
                     self.checkpoints.save(state, pending.to_host(), config)
+                    if writer.has_lost_its_folder():
+                        self._stop_in_new_folder(step)
                 stopped = False
                 if saves or run.is_due(config.eval_every_epochs, step):
                     with progress.paused():
@@ -253,6 +255,16 @@ class _Training:
     def _keep_description(self) -> None:
         if is_first_process():
             describe(self.workdir, self.config, self._run.class_names)
+
+    def _stop_in_new_folder(self, step: int) -> NoReturn:
+        # The checkpoint has made the folder anew.
+        self.checkpoints.wait()
+        self._keep_description()
+        raise SaveError(
+            f"{self.workdir} was moved or removed while the run wrote to it. Step {step} is saved "
+            "in a new folder of that name, from which the same command continues, without the "
+            "metrics up to there. Or continue the moved one: name it by --workdir."
+        )
 
     def _compiled(self, state: TrainState, batch: dict[str, jax.Array]) -> Step:
         started = time.monotonic()

@@ -11,9 +11,8 @@ from metaformer_jax.exit_codes import TRAINING_FAILED
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own with room for some of the six checkpoints; half done, one takes
-    up to 2.5 MB."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", tmp_path]
+    """A file system of its own with room for some of the six checkpoints of 0.8 MB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path]
     try:
         result = subprocess.run(mount, capture_output=True)
     except FileNotFoundError:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -84,8 +85,9 @@ def finish(process):
 
 
 def error_line(errors):
-    """The one line that is for the user; threads of Orbax and Gloo have their say besides."""
-    (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    """The one line that is for the user; threads of Orbax, TensorStore and Gloo have their say
+    besides, even while it is written."""
+    (line,) = re.findall(r"\berror: .*", errors)
     return line
 
 
