@@ -103,6 +103,7 @@ def convert(args: argparse.Namespace) -> list["Record"]:
     settings = asked
     if workdir.is_workdir(args.input):
         name = name or workdir.model_name(args.input)
+        settings = asked | workdir.sizes(args.input)
     elif args.input.is_dir() or is_portable_file(args.input):
         record = read_record(args.input)
         name = name or record.model
@@ -111,6 +112,11 @@ def convert(args: argparse.Namespace) -> list["Record"]:
         raise ValueError(
             f"--model must be given for {args.input.name}, which does not name its published "
             "model. `python -m metaformer_jax.zoo` lists them."
+        )
+    if args.verify and (args.input.is_dir() or is_portable_file(args.input)):
+        raise ValueError(
+            "--verify must be given with the PyTorch file that timm can read as well, got "
+            f"{args.input}."
         )
     layout = (args.layout or "sail") if args.reverse else None
     for path in args.output:
@@ -157,7 +163,7 @@ def main(
     # The paths on the command line are checked by modules that take seconds to import.
     return programs.run(
         lambda: _convert(parse_args(argv, prog)),
-        if_interrupted="interrupted; nothing was written",
+        if_interrupted="interrupted; an output that was not finished is not there",
     )
 
 

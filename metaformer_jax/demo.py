@@ -97,7 +97,8 @@ def load(name: str, weights: str) -> "Classifier":
     return load_classifier(None if name == BY_WEIGHTS else name, weights=weights.strip() or None)
 
 
-@functools.lru_cache(maxsize=8)
+# No more than models, each of which it keeps in memory too.
+@functools.lru_cache(maxsize=4)
 def _explainer(name: str, weights: str, stage: str) -> "Explainer":
     from metaformer_jax.inference.drawing import Explainer
 

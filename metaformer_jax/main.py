@@ -5,6 +5,7 @@
 Any field of the config can be overridden: --config.epochs=10 --config.optimizer.learning_rate=1e-3
 """
 
+import contextlib
 import itertools
 import pathlib
 import signal
@@ -198,8 +199,8 @@ def main(argv: list[str]) -> None:
         code = _tell(error, TRAINING_FAILED)
     except OSError as error:
         # Files that were opened long before do not tell their name.
-        file = error.filename or (f"a file in {workdir}" if workdir else "a file")
-        code = _tell(f"{file}: {error.strerror}", TRAINING_FAILED)
+        file = error.filename or f"a file in {workdir}, or the output"
+        code = _tell(f"{file}: {error.strerror or error}", TRAINING_FAILED)
     except jax.errors.JaxRuntimeError as error:
         code = _tell(distributed.explain(error), TRAINING_FAILED)
     except PreemptedError as error:
@@ -215,7 +216,9 @@ def main(argv: list[str]) -> None:
 
 
 def _tell(error: Exception | str, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    # The log may be on the disk that is full.
+    with contextlib.suppress(OSError):
+        print(f"error: {error}", file=sys.stderr)
     return code
 
 

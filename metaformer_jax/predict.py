@@ -131,6 +131,7 @@ def main(
 def _predict(args: argparse.Namespace) -> int:
     # What is mistyped shows before the seconds that a model takes.
     from metaformer_jax.inference.images import find_images
+    from metaformer_jax.weights.files import local_path
 
     paths, problems = find_images(args.images)
     if not paths:
@@ -138,9 +139,9 @@ def _predict(args: argparse.Namespace) -> int:
             programs.failed(problem)
         return programs.failed(problems[-1])
     for output in (args.output, args.explain):
-        if output and output.expanduser().resolve() in {path.resolve() for path in paths}:
+        if output and local_path(output).resolve() in {path.resolve() for path in paths}:
             return programs.failed(f"{output} is a picture to predict, and would be replaced.")
-    outputs = [path.expanduser().resolve() for path in (args.output, args.explain) if path]
+    outputs = [local_path(path).resolve() for path in (args.output, args.explain) if path]
     if len(set(outputs)) < len(outputs):
         return programs.failed(
             f"--output and --explain must be two files, got {args.output} for both."
@@ -179,8 +180,10 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _read_class_names(path: pathlib.Path) -> list[str]:
+    from metaformer_jax.weights.files import local_path
+
     try:
-        return path.expanduser().read_text(encoding="utf-8").splitlines()
+        return local_path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--class-names must be a text file in UTF-8, got {path}: {error.reason} at byte "

@@ -5,7 +5,6 @@ python -m metaformer_jax.validate /path/to/imagenet --model caformer_s18 -b 128 
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -23,8 +22,9 @@ def main(
     parser.add_argument(
         "--checkpoint",
         default="published",
-        help="a .pth or .safetensors file, a converted folder or a run's workdir; by default the "
-        "published weights are downloaded",
+        help="a .pth or .safetensors file, a converted folder or a run's workdir; of "
+        "a file that holds averaged weights as well, these; by default the published weights are "
+        "downloaded",
     )
     parser.add_argument("--img-size", type=int, help="pixels per side; by default the model's")
     parser.add_argument("--crop-pct", type=float, default=1.0)
@@ -44,6 +44,7 @@ def _validate(options: argparse.Namespace) -> None:
 
     from metaformer_jax import models
     from metaformer_jax.training import evaluation, recipes
+    from metaformer_jax.weights.files import local_path
 
     logging.set_verbosity(logging.WARNING)
     info = models.model_info(options.model)
@@ -55,7 +56,7 @@ def _validate(options: argparse.Namespace) -> None:
     )
     config.data.update(
         name="folder",
-        root=str(pathlib.Path(options.data).expanduser()),
+        root=str(local_path(options.data)),
         image_size=info.image_size if options.img_size is None else options.img_size,
         num_workers=options.workers,
     )

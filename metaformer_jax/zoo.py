@@ -58,7 +58,7 @@ def main(
         help="draw the published accuracies against the counts, as .png, .svg or .pdf",
     )
     options = parser.parse_args(arguments)
-    return programs.run(lambda: _show(options.pattern, options.plot and options.plot.expanduser()))
+    return programs.run(lambda: _show(options.pattern, options.plot))
 
 
 def _show(pattern: str | None, plot: pathlib.Path | None) -> None:
@@ -68,10 +68,12 @@ def _show(pattern: str | None, plot: pathlib.Path | None) -> None:
     from rich.table import Table
 
     from metaformer_jax import models
+    from metaformer_jax.weights.files import local_path
 
     names = models.list_models(pattern)
     if not names:
         raise ValueError("no published model matches. Without a pattern all are listed.")
+    plot = plot and local_path(plot)
     _check_plot(plot)
     counted = {}
     table = Table(title=f"{len(names)} published models")

@@ -12,7 +12,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from metaformer_jax.training import compile_tables, devices, recipes
+from metaformer_jax.training import compile, compile_tables, devices, recipes
 from metaformer_jax.training.compile import compile_training
 from metaformer_jax.training.described import described_sources
 from metaformer_jax.training.topology import topology_devices
@@ -91,6 +91,15 @@ def test_without_tpus_compiler_the_extra_is_named(monkeypatch):
 def test_a_batch_that_does_not_divide_is_refused_as_in_training():
     with pytest.raises(ValueError, match="must divide by the 8 devices"):
         compile_training(_config(batch_size=60), console=Console(file=io.StringIO()))
+
+
+def test_all_slices_are_checked_before_the_first_is_compiled(monkeypatch):
+    devices = {"v5e:2x2": jax.devices()[:4], "v5e:4x2": jax.devices()}
+    monkeypatch.setattr(compile, "topology_devices", devices.get)
+    monkeypatch.setattr(compile, "_compile", lambda *_: pytest.fail("compiled too early"))
+    config = _config(batch_size=64, **{"mixing.mixup_alpha": 0.8, "mixing.group_size": 16})
+    with pytest.raises(ValueError, match=r"mixing\.group_size.*"):
+        compile_training(config, topologies=[*devices], console=Console(file=io.StringIO()))
 
 
 def test_another_batch_changes_the_mixing_group_and_says_so():

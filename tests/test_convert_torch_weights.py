@@ -270,6 +270,10 @@ def test_verify_says_what_it_needs(run, files, tmp_path, monkeypatch):
     command = (files / "sail.pth", "--model", NAME, "--output", "out", "--verify")
     assert_refused(run(*command), "pip install timm")
     assert everything_in(tmp_path) == []
+    run(files / "sail.pth", "--model", NAME, "--output", "a", "--output", "a.safetensors")
+    for own in ("a", "a.safetensors"):
+        refused = run(own, "--output", "out", "--verify")
+        assert_refused(refused, "--verify must be given with the PyTorch file", own)
 
 
 def test_verify_refuses_what_timm_answers_differently(run, files, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Schedules and optimisers: the published figures, and the laws of each argument."""
 
+import fractions
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +44,21 @@ def test_a_rate_for_each_step_runs_through_those_for_each_epoch():
     within = rate(np.arange(100 * 312, 101 * 312))
     assert bool(jnp.all(jnp.diff(within) <= 0))
     assert len(np.unique(within)) > 100
+
+
+@pytest.mark.parametrize(("examples", "batch"), [(50_000, 48), (50_000, 96), (14_197_122, 49)])
+def test_an_epoch_of_whole_steps_begins_at_its_first(examples, batch):
+    """15 epochs of 50,000 / 48 steps are 15,625; rounded quotients give slightly more."""
+    per_epoch, epochs = fractions.Fraction(examples, batch), np.arange(300)
+    rate = optim.by_step(
+        lambda epoch: epoch,
+        steps_per_epoch=examples / batch,
+        total_steps=round(300 * per_epoch),
+        per_epoch=True,
+    )
+    first = np.array([math.ceil(int(epoch) * per_epoch) for epoch in epochs])
+    np.testing.assert_array_equal(rate(first), epochs)
+    np.testing.assert_array_equal(rate(first[1:] - 1), epochs[:-1])
 
 
 def test_a_constant_rate_stays_after_its_warmup():

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import zlib
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import small_run
 from flax import nnx
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 import metaformer_jax
 from metaformer_jax import predict
@@ -251,6 +252,36 @@ def test_an_orientation_is_applied_when_asked_for(tmp_path):
     assert (plain != turned).any()
 
 
+@pytest.mark.parametrize(("tag", "value"), [(296, "no number"), (282, "no number"), (256, "x")])
+def test_a_picture_with_odd_tags_is_turned_too(tag, value, tmp_path):
+    image, exif = picture("turned"), Image.Exif()
+    exif[0x0112] = 6
+    exif[tag] = value
+    image.save(tmp_path / "odd.png", exif=_as_text(exif, tag))
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    assert_read_as(tmp_path / "odd.png", tmp_path / "upright.png", "", upright=True)
+
+
+def _as_text(exif, tag):
+    """The EXIF with a tag as text, whatever its type should be."""
+    ifd = TiffImagePlugin.ImageFileDirectory_v2()
+    ifd.tagtype[tag] = 2
+    ifd[tag] = exif[tag]
+    ifd[0x0112] = exif[0x0112]
+    return b"Exif\0\0" + b"II*\0\x08\0\0\0" + ifd.tobytes(8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_a_picture_with_damaged_exif_is_read_as_evaluation_does(suffix, tmp_path):
+    picture("plain").save(tmp_path / f"plain{suffix}", lossless=True)
+    junk = b"Exif\0\0" + bytes(range(64))
+    picture("plain").save(tmp_path / f"damaged{suffix}", exif=junk, lossless=True)
+    for upright in (False, True):
+        assert_read_as(
+            tmp_path / f"damaged{suffix}", tmp_path / f"plain{suffix}", "", upright=upright
+        )
+
+
 def test_a_picture_is_decoded_once(tmp_path, monkeypatch):
     picture("plain").save(tmp_path / "plain.png")
     loads = []
@@ -389,6 +420,31 @@ def test_files_are_found_once_and_in_order(run, monkeypatch):
         "digits/deeper/3.png",
     ]
     assert problems == []
+
+
+def test_a_tilde_that_is_no_home_begins_a_name(run, tmp_path, monkeypatch):
+    shutil.copy(run[0] / "digits" / "0.png", tmp_path / "~$a.png")
+    monkeypatch.chdir(tmp_path)
+    paths, problems = find_images(["~$a.png"])
+    assert ([path.name for path in paths], problems) == (["~$a.png"], [])
+
+
+def test_linked_folders_are_looked_into_once_and_closed_ones_named(run, tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "back").symlink_to(tmp_path / "pictures")
+    (tmp_path / "pictures" / "digits").symlink_to(run[0] / "digits")
+    (tmp_path / "pictures" / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    paths, problems = find_images([str(tmp_path / "pictures")])
+    assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+    assert problems == [f"{tmp_path}/pictures/closed: Permission denied"]
 
 
 def test_the_thousand_classes_stand_in_the_published_order():

@@ -17,7 +17,7 @@ from flax import nnx
 
 import metaformer_jax
 from metaformer_jax import create_model, load_weights, save_weights
-from metaformer_jax.models import MetaFormer, SepConv, model_spec
+from metaformer_jax.models import MetaFormer, SepConv, layers, model_spec
 from metaformer_jax.weights import (
     CheckpointError,
     change_in_channels,
@@ -26,7 +26,7 @@ from metaformer_jax.weights import (
 )
 from metaformer_jax.weights.convert import check_name, to_variables, variables_of
 from metaformer_jax.weights.files import write_tensors
-from metaformer_jax.weights.pretrained import build_abstract
+from metaformer_jax.weights.pretrained import build_abstract, fill
 from metaformer_jax.weights.read import read_checkpoint
 from metaformer_jax.weights.write import write_variables
 
@@ -213,6 +213,10 @@ def test_what_keys_cannot_tell_apart_the_name_does(tmp_path):
     save_weights(model, portable, name="poolformerv2_s12")
     with pytest.raises(CheckpointError, match="looks like poolformerv2_s12"):
         create_model(SMALL, pretrained=portable, rngs=nnx.Rngs(0))
+    # A model that is there already tells which it is.
+    for weights in (path, portable):
+        with pytest.raises(CheckpointError, match="looks like poolformerv2_s12"):
+            load_weights(abstract_model(), weights)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
@@ -297,6 +301,20 @@ def test_load_weights_fills_any_model_and_keeps_its_head_on_request_only(tmp_pat
     load_weights(ten, folder_once(), keep_head=True)
     assert_same(values(ten, head=False), values(original, head=False))
     assert_same(values(ten), {**shifted, **values(original, head=False)})
+
+
+@pytest.mark.parametrize("layout", ["sail", "timm"])
+def test_a_head_of_ones_own_is_kept_whatever_the_checkpoints_is(layout, tmp_path):
+    """CAFormer's own head is an MLP."""
+    spec = dataclasses.replace(model_spec("caformer_s18"), head=layers.LinearHead)
+    model = nnx.eval_shape(lambda: MetaFormer(spec, num_classes=3, rngs=nnx.Rngs(0)))
+    fill(model, {p: np.full(v.shape, 7, np.float32) for p, v in variables_of(model).items()})
+    path = write_checkpoint(tmp_path / "weights.pth", "caformer_s18", layout)
+    load_weights(model, path, keep_head=True)
+    published = build_abstract("caformer_s18")
+    expected = to_variables(dict(cached_weights("caformer_s18", layout)), published)
+    for where, array in values(model).items():
+        assert np.array_equal(array, 7 + 0 * array if where[0] == "head" else expected[where])
 
 
 def test_what_the_weights_do_not_fill_must_not_be_abstract(tmp_path):

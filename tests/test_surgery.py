@@ -230,3 +230,34 @@ def test_loading_maps_the_head_and_fits_the_channels_on_request(tmp_path):
         load_weights(model, "anything", class_map="map.json", keep_head=True)
     with pytest.raises(CheckpointError, match="images have 3 channels, the model's 1"):
         load_weights(model, tmp_path / "in21k.safetensors", class_map=tmp_path / "map.json")
+
+
+def test_a_class_map_for_a_checkpoint_without_those_classes_changes_nothing(tmp_path):
+    model, path = small(num_classes=1000), tmp_path / "weights.pth"
+    write_tensors(path, to_tensors(variables_of(small(num_classes=1000)), "sail"), {})
+    for variable in variables_of(model).values():
+        variable.set_value(variable[...] + 1)
+    before = values(model)
+    with pytest.raises(CheckpointError, match=r"`class_map` must .* 21841 .* got .* with 1000"):
+        load_weights(model, path, class_map="never read")
+    assert_same(values(model), before)
+
+
+class BoundMixing(IdentityMixing):
+    """Is built for one size, as any mixer that keeps its `resolution`."""
+
+    def __init__(self, *args, resolution, **kwargs):
+        super().__init__(*args, resolution=resolution, **kwargs)
+        self.resolution = resolution
+
+
+def test_a_mixer_of_ones_own_that_is_bound_to_a_size_is_not_taken_for_another():
+    model = small(mixers=(IdentityMixing, BoundMixing))
+    set_image_size(model, 32)
+    for resample in (False, True):
+        with pytest.raises(
+            ValueError, match=r"the model's BoundMixing was built for, got \(64, 64"
+        ):
+            set_image_size(model, 64, resample=resample)
+    assert model.image_size == (32, 32)
+    assert model(images()).shape == (2, 5)

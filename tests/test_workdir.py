@@ -14,7 +14,7 @@ from test_convert_torch_weights import load_program
 
 from metaformer_jax import create_model
 from metaformer_jax.training.checkpoint import Checkpoints
-from metaformer_jax.weights import CheckpointError
+from metaformer_jax.weights import CheckpointError, read_record
 from metaformer_jax.weights import workdir as weights_workdir
 from metaformer_jax.weights.convert import to_variables, variables_of
 from metaformer_jax.weights.files import read_tensors
@@ -90,8 +90,21 @@ def test_a_run_of_a_published_size_is_read_by_that_name_alone(tmp_path):
     small_run.make(tmp_path, family="poolformerv2", size="s12")
     settings = {"pretrained": tmp_path, "num_classes": 10, "in_channels": 1}
     create_model("poolformerv2_s12", **settings, rngs=nnx.Rngs(0))
-    with pytest.raises(CheckpointError, match=r"called poolformerv2_s12: .* Name that model"):
+    with pytest.raises(CheckpointError, match=r"called poolformerv2_s12: .* Take that model"):
         create_model("identityformer_s12", **settings, rngs=nnx.Rngs(0))
+
+
+def test_a_conversion_keeps_the_sizes_that_the_run_trained_with(tmp_path, capsys):
+    # Of the digits: one channel, 32 pixels, and ten classes where the run kept their names.
+    small_run.make(tmp_path / "run", family="poolformerv2", size="s12")
+    (tmp_path / "run" / "class_names.json").write_text(json.dumps([f"{n}" for n in range(10)]))
+    convert = [str(tmp_path / "run"), "--model", "poolformerv2_s12", "--output"]
+    assert load_program().main([*convert, str(tmp_path / "converted")]) == 0
+    record = read_record(tmp_path / "converted")
+    assert (record.num_classes, record.in_channels) == (10, 1)
+    assert tuple(record.image_size) == (32, 32)
+    assert load_program().main([*convert, str(tmp_path / "other"), "--image-size", "64"]) == 2
+    assert "--image-size must be what the checkpoint has, (32, 32)" in capsys.readouterr().err
 
 
 def test_where_the_run_deletes_what_is_read_the_next_is_read(

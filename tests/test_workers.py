@@ -7,12 +7,20 @@ import os
 import pathlib
 import re
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
-from metaformer_jax.data.workers import Chunk, LocalChunks, WorkerDiedError, WorkerPool
+from metaformer_jax.data.workers import (
+    Chunk,
+    LocalChunks,
+    WorkerDiedError,
+    WorkerPool,
+    sigterm_waiting,
+)
 
 
 class Counted:
@@ -151,3 +159,20 @@ def test_workers_have_nothing_in_common_with_this_process_that_has_a_name():
         assert len(pids) == 2
         assert [named(pid) for pid in pids] == [set(), set()]
         assert named(os.getpid()) == before
+
+
+def test_what_is_started_hears_sigterm_only_when_it_can_answer():
+    code = "import signal; print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with sigterm_waiting():
+        started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert started.stdout == "True\n"
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    # A worker at work has a handler, and is open to it.
+    with pool(Counted(100), 1) as chunks:
+        chunks.take(1)
+        (worker,) = multiprocessing.active_children()
+        status = pathlib.Path(f"/proc/{worker.pid}/status").read_text()
+        masks = dict(re.findall(r"(Sig\w+):\s+(\w+)", status))
+        bit = 1 << signal.SIGTERM - 1
+        assert not int(masks["SigBlk"], 16) & bit
+        assert int(masks["SigCgt"], 16) & bit

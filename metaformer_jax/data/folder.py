@@ -41,7 +41,7 @@ class ImageFolder:
     def __init__(self, root: str | os.PathLike[str], split: str):
         if split not in ("train", "val", "test"):
             raise ValueError(f"`split` must be 'train' or 'val', got {split!r}.")
-        folders = _split_folders(pathlib.Path(root).expanduser(), split)
+        folders = _split_folders(pathlib.Path(os.path.expanduser(root)), split)
         self._folder = os.fspath(folders["train" if split == "train" else "val"])
         self.class_names = tuple(_class_folders(folders.get("train", folders["val"])))
         if split != "train" and "train" in folders:

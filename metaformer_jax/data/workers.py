@@ -115,7 +115,7 @@ class WorkerPool:
                 daemon=True,
             )
             # Only the worker's may stay open, or its end would not be seen.
-            with there:
+            with there, sigterm_waiting():
                 process.start()
             self._processes.append(process)
         # As an argument each worker would have to take it before the next one starts.
@@ -183,11 +183,26 @@ def _close(sockets: list[socket.socket], processes: list[Any]) -> None:
         connection.close()
 
 
+@contextlib.contextmanager
+def sigterm_waiting() -> Iterator[None]:
+    """What is started within hears SIGTERM when it has a handler for it, not before."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows.
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(connection: socket.socket, part: slice, num_threads: int) -> None:
     # The main process decides what an interrupt means, and has time to save when the whole group
     # of processes is told to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _leave_after(_GRACE_SECONDS))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         chunks = _receive(connection)
         threading.Thread(target=_leave_with_parent, args=(connection,), daemon=True).start()

@@ -140,6 +140,12 @@ def load_classifier(
     settings |= told.settings
     if image_size is not None:
         settings["image_size"] = at_least(1, image_size=image_size)
+    elif not isinstance(settings["image_size"], int):
+        height, width = settings["image_size"]
+        raise CheckpointError(
+            f"The weights must be for square pictures, got {height}x{width} in {path}. Give "
+            "another size (--image-size), or resize and call the model itself."
+        )
     channels = found.in_channels or len(settings["mean"])
     if channels not in (1, 3) or channels != len(settings["mean"]):
         raise CheckpointError(

@@ -4,34 +4,47 @@ import glob
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from metaformer_jax.data.augment import EvalTransform
 from metaformer_jax.data.folder import readable_extensions
 from metaformer_jax.data.transforms import BadImageError, in_channels
 from metaformer_jax.weights.errors import first_line
+from metaformer_jax.weights.files import local_path
 
 # What a decoded or resized picture may have, so that no file takes more than about half a
 # gigabyte: Pillow's own limit.
 MAX_PIXELS = 2 * 89_478_485
 _EXIF_ORIENTATION = 0x0112
+# What makes a picture of each orientation upright; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Where a PNG keeps it in front of the pixels, by Pillow's names.
+_PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 
 def find_images(patterns: Iterable[str]) -> tuple[list[pathlib.Path], list[str]]:
     """The files that are meant, each once, in order; and a line for each pattern that finds none.
 
     A file is taken whatever its name; of a folder every file whose extension Pillow reads, with
-    those of the folders in it, sorted by path, hidden ones left out. `*`, `?`, `[...]` and `**`
-    work as in a shell, also where no shell has seen them.
+    those of the folders in it, linked ones too, sorted by path, hidden ones left out. `*`, `?`,
+    `[...]` and `**` work as in a shell, also where no shell has seen them.
     """
     found: dict[pathlib.Path, None] = {}
     problems = []
     for pattern in patterns:
-        path = pathlib.Path(pattern).expanduser()
+        path = local_path(pattern)
         if os.path.lexists(path):
             matches = [path]
         elif glob.has_magic(pattern):
@@ -43,9 +56,10 @@ def find_images(patterns: Iterable[str]) -> tuple[list[pathlib.Path], list[str]]
             problems.append(f"{pattern}: no such file")
         for match in matches:
             if match.is_dir():
-                inside = list(_images_in(match))
+                inside, closed = _images_in(match)
                 found.update(dict.fromkeys(inside))
-                if not inside:
+                problems.extend(closed)
+                if not inside and not closed:
                     problems.append(f"{match}: the folder has no picture with a known extension")
             elif match.is_file():
                 found[match] = None
@@ -54,14 +68,28 @@ def find_images(patterns: Iterable[str]) -> tuple[list[pathlib.Path], list[str]]
     return list(found), problems
 
 
-def _images_in(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def _images_in(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """The pictures in a folder, and a line for each folder in it that cannot be read."""
     readable = readable_extensions()
-    for parent, folders, names in os.walk(folder):
+    images: list[pathlib.Path] = []
+    closed: list[str] = []
+    seen = set()
+
+    def tell(error: OSError) -> None:
+        closed.append(f"{error.filename}: {error.strerror}")
+
+    for parent, folders, names in os.walk(folder, onerror=tell, followlinks=True):
+        # A link may lead to where the walk has been.
+        if (place := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = pathlib.Path(parent, name)
             if not name.startswith(".") and path.suffix.lower() in readable and path.is_file():
-                yield path
+                images.append(path)
+    return images, closed
 
 
 def read_image(
@@ -79,30 +107,29 @@ def read_image(
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        notes = _examine(file, transform.image_size)
+        notes, orientation = _examine(file, transform.image_size)
         file.seek(0)
         data = file.read()
     opened = Image.open(io.BytesIO(data))
-    turns = upright and any("EXIF" in note for note in notes)
+    turn = _TURNS.get(orientation)
+    if turn is not None and not upright:
+        notes.append("as in evaluation, its EXIF orientation is not applied; --upright applies it")
     if opened.mode.startswith("I;16"):
         notes.append("16 bits per pixel, of which the upper 8 are taken")
-    if not turns:
+    if turn is None or not upright:
         return transform(data), notes
     try:
-        image = in_channels(ImageOps.exif_transpose(opened), transform.channels)
+        image = in_channels(opened.transpose(turn), transform.channels)
     except (OSError, ValueError, SyntaxError) as error:
         raise BadImageError(str(error)) from error
-    return transform.of_image(image), [note for note in notes if "EXIF" not in note or not turns]
+    return transform.of_image(image), notes
 
 
-def _examine(file: io.BufferedReader, image_size: int) -> list[str]:
-    """What the header tells, before anything is decoded."""
+def _examine(file: io.BufferedReader, image_size: int) -> tuple[list[str], int]:
+    """What the header tells, before anything is decoded; and the orientation, 1 if not told."""
     try:
         image = Image.open(file)
         _check_size(*image.size, image_size)
-        # Without the chunk in front a PNG would be decoded to look for it behind the pixels.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if has_exif else 1
         frames = getattr(image, "n_frames", 1)
         is_transparent = image.has_transparency_data
     except Image.UnidentifiedImageError as error:
@@ -122,9 +149,18 @@ def _examine(file: io.BufferedReader, image_size: int) -> list[str]:
         notes.append(f"{frames} frames, of which the first is taken")
     if is_transparent:
         notes.append("transparent: as in evaluation, the colours behind are taken")
-    if orientation not in (0, 1):
-        notes.append("as in evaluation, its EXIF orientation is not applied; --upright applies it")
-    return notes
+    return notes, _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    # Without one of these in front a PNG would be decoded to look for it behind the pixels.
+    if image.format == "PNG" and not image.info.keys() & _PNG_EXIF:
+        return 1
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    # The pixels of a picture with damaged EXIF are as good as any.
+    except Exception:
+        return 1
 
 
 def _check_size(width: int, height: int, image_size: int) -> None:

@@ -69,7 +69,9 @@ def read_settings(path: pathlib.Path) -> Told:
             return Told()
     else:
         return Told()
-    return Told(name=record.model, settings={"image_size": record.image_size[0]})
+    height, width = record.image_size
+    size = height if height == width else (height, width)
+    return Told(name=record.model, settings={"image_size": size})
 
 
 def published_settings(name: str, channels: int) -> dict[str, Any]:

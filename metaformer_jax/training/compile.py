@@ -161,19 +161,26 @@ def compile_training(
     console = console or Console()
     if output is not None:
         check_can_be_written(output)
-    # All names are checked before the first compilation, which takes minutes.
+    # Everything is checked before the first compilation, which takes minutes.
     places: list[tuple[str, list[jax.Device]]] = [
         (name, topology_devices(name)) for name in topologies
     ] or [("this machine", jax.devices())]
     sources, assumed = described_sources(config)
+    builders = [_builder(config, there, sources) for _, there in places]
+    runs = [
+        build(batch_per_device or config.batch_size / len(there))
+        for build, (_, there) in zip(builders, places, strict=True)
+    ]
     estimates = []
-    for name, there in places:
-        compile_batch = _compiler(config, there, sources, name, console)
-        mine = batch_per_device or config.batch_size / len(there)
-        compiled = compile_batch(mine)
+    for (name, _), run in zip(places, runs, strict=True):
+        compiled = _compile(run, name, console)
         estimate = _estimate(name, compiled, assumed, config)
         if search_largest and len(places) == 1 and estimate.memory_limit:
-            largest = _largest(compile_batch, compiled, estimate.memory_limit)
+            largest = _largest(
+                lambda batch: _compile(builders[0](batch), places[0][0], console),
+                compiled,
+                estimate.memory_limit,
+            )
             estimate = dataclasses.replace(estimate, largest_batch=largest)
         estimates.append(estimate)
         console.print(compile_tables.one(estimate, config))
@@ -185,32 +192,31 @@ def compile_training(
     return estimates
 
 
-def _compiler(
-    config: ml_collections.ConfigDict,
-    there: Sequence[jax.Device],
-    sources: tuple[Source, Source],
-    name: str,
-    console: Console,
-) -> Callable[[float], _Compiled]:
-    """A function that compiles the step for a number of images per device."""
+def _builder(
+    config: ml_collections.ConfigDict, there: Sequence[jax.Device], sources: tuple[Source, Source]
+) -> Callable[[float], Run]:
+    """A function from a number of images per device to the run that trains with it."""
     num_devices = len(there)
 
-    def compile_batch(batch_per_device: float) -> _Compiled:
+    def build(batch_per_device: float) -> Run:
         changed = config.copy_and_resolve_references()
         # `Run` refuses a batch that does not divide among the devices.
         changed.batch_size = round(batch_per_device * num_devices)
         if batch_per_device != config.batch_size / num_devices:
             group = math.gcd(config.mixing.group_size, round(batch_per_device))
             changed.mixing.group_size = group
-        run = Run(changed, devices=there, sources=sources)
-        what = f"compiling {changed.batch_size:,} images for {num_devices} devices, {name}"
-        with elapsing(console, what):
-            return _compile(run)
+        return Run(changed, devices=there, sources=sources)
 
-    return compile_batch
+    return build
 
 
-def _compile(run: Run) -> _Compiled:
+def _compile(run: Run, name: str, console: Console) -> _Compiled:
+    what = f"compiling {run.config.batch_size:,} images for {run.engine.mesh.size} devices, {name}"
+    with elapsing(console, what):
+        return _compile_quietly(run)
+
+
+def _compile_quietly(run: Run) -> _Compiled:
     engine, config = run.engine, run.config
     size, channels = config.data.image_size, run.eval_source.channels
     place = sharding.over_batch(engine.mesh)

@@ -1,5 +1,6 @@
 """Connects the processes of a run, on one or several hosts, before JAX looks for devices."""
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -88,8 +89,9 @@ def explain(error: jax.errors.JaxRuntimeError) -> str:
 
 def leave(code: int) -> NoReturn:
     """Ends this process with an exit code, without waiting for other processes or threads."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     # JAX's own exit waits for all processes, which notice the end only by missing heartbeats; and
     # threads of Orbax wait minutes for the folder of a checkpoint that could not be created.
     os._exit(code)

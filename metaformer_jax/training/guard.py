@@ -1,5 +1,6 @@
 """Checks the loss and gradient of every step, and names the examples if they are not finite."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -56,7 +57,9 @@ class Guard:
                 "indices": indices.tolist(),
                 "examples": [self._source.describe(int(index)) for index in indices],
             }
-            self._path.write_text(json.dumps(report, indent=2) + "\n")
+            # What it says matters more than that it is written.
+            with contextlib.suppress(OSError):
+                self._path.write_text(json.dumps(report, indent=2) + "\n")
             lost = (
                 f", the {report['updates_lost_in_a_row']}th in a row" if self._max_skipped else ""
             )

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from metaformer_jax.training.guard import Guard
+from metaformer_jax.weights.workdir import CONFIG
 
 
 class PendingMetrics:
@@ -117,13 +118,7 @@ class MetricWriter:
         """Whether the workdir was moved or removed, so that what is written shows nowhere there."""
         if not self._is_writer:
             return False
-        try:
-            self._path.stat()
-        except FileNotFoundError:
-            return True
-        except OSError:  # A network file system that does not answer has not lost it.
-            pass
-        return False
+        return _is_gone(self._path) and _is_gone(self._path.with_name(CONFIG))
 
     def write_picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         """Adds a picture to TensorBoard's events."""
@@ -146,6 +141,16 @@ class MetricWriter:
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(kind is not None))
+
+
+def _is_gone(path: pathlib.Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # A network file system that does not answer.
+        pass
+    return False
 
 
 class _Events:

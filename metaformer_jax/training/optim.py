@@ -9,6 +9,8 @@ import numpy as np
 import optax
 
 SCHEDULES = ("cosine", "constant")
+# More than rounding adds to a number of steps, and less than what is between two of them.
+ROUNDING = 1e-14
 OPTIMIZERS = ("adamw", "lamb")
 
 Tree = dict[str, Any]
@@ -28,7 +30,7 @@ def epoch_schedule(
     """Linear warm-up, then a cosine from `peak` to `end`, or a constant `peak`.
 
     As in the published recipe the cosine is not shifted by the warm-up: it starts at epoch 0, and
-    the warm-up replaces its beginning. After `epochs` the rate stays at `end`.
+    the warm-up replaces its beginning. After `epochs` the cosine stays at `end`.
 
     Args:
         name: `"cosine"` or `"constant"`.
@@ -77,7 +79,8 @@ def by_step(
         return lambda step: schedule(jnp.asarray(step, jnp.float32) / steps_per_epoch)
     epochs = np.arange(np.ceil(total_steps / steps_per_epoch) + 1)
     # A table of whole steps, with rates computed in float64: no rounding shifts an epoch or a rate.
-    first_steps = np.ceil(epochs * steps_per_epoch).astype(np.int32)
+    # A product that should be a whole number may be slightly above it.
+    first_steps = np.ceil(epochs * steps_per_epoch * (1 - ROUNDING)).astype(np.int32)
     rates = schedule(epochs).astype(np.float32)
     return lambda step: jnp.asarray(rates)[jnp.searchsorted(first_steps, step, side="right") - 1]
 

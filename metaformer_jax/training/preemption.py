@@ -39,6 +39,15 @@ class Preemption:
         """To be called before the first step: from now on there is something to save."""
         self._has_something_to_save = True
 
+    def goes_on_from(self, step: int) -> None:
+        """To be called as early as the step is known from which a run of several processes goes on.
+
+        JAX agrees on the step after the last one that any process has named. If none was named
+        yet, that is step 1, which such a run never reaches: it would train on until it is killed.
+        """
+        if jax.process_count() > 1:
+            multihost_utils.reached_preemption_sync_point(step)
+
     def reached(self, step: int) -> bool:
         """Whether the run should save and end after this step."""
         if jax.process_count() > 1:

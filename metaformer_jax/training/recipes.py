@@ -85,7 +85,7 @@ def base_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     # Of the initial parameters, the order of the data, augmentation, mixing and dropout.
     config.seed = 0
-    # Epochs of the learning-rate schedule, then additional epochs at its lowest rate.
+    # Epochs of the learning-rate schedule, then additional epochs at its last rate.
     config.epochs = 300.0
     config.cooldown_epochs = 10.0
     # Examples per update over all devices and processes, and the number of micro-batches in which

@@ -129,7 +129,7 @@ class Run:
 
     def is_due(self, every_epochs: float, step: int) -> bool:
         """Whether something that is done every `every_epochs` epochs is due after this step."""
-        every_steps = every_epochs * self.steps_per_epoch
+        every_steps = every_epochs * self.steps_per_epoch * (1 - optim.ROUNDING)
         return step // every_steps > (step - 1) // every_steps or step == self.total_steps
 
     def pretrained_variables(self) -> Variables:
@@ -215,7 +215,7 @@ def _open_source(data: ml_collections.ConfigDict, split: str) -> Source:
     except OSError as error:
         raise ValueError(
             f"`config.data.root` must be a folder that can be read, got {data.root!r}: "
-            f"{error.strerror}."
+            f"{error.strerror or error}."
         ) from error
 
 

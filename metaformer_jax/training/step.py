@@ -71,7 +71,8 @@ class Engine:
 
     Each device gathers whole parameters and computes the gradient of its part of the batch, one
     micro-batch after the other; the gradients are then summed over the devices, once. If a loss or
-    gradient is not finite, the update changes nothing but the step number and `num_skipped`.
+    gradient is not finite, the update changes nothing but `num_skipped` and the number of the step,
+    which the learning rate follows.
 
     Args:
         build: makes the model from its `nnx.Rngs`; it is only traced.
@@ -259,7 +260,7 @@ class Engine:
             step=state.step + 1,
             params=params,
             frozen=state.frozen,
-            opt_state=opt_state,
+            opt_state=_scheduled_for(opt_state, state.step + 1),
             ema=ema,
             num_skipped=jnp.where(is_finite, 0, state.num_skipped + 1),
         )
@@ -332,6 +333,19 @@ class Engine:
             check_vma=False,
         )(state.params, state.frozen, batch["image"], batch["label"])
         return {**results, "mask": batch["mask"], "index": batch["index"]}
+
+
+def _scheduled_for(opt_state: Any, step: Int[Array, ""]) -> Any:
+    """The learning rate follows the steps, also those whose update was skipped."""
+
+    def is_schedule(part: Any) -> bool:
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda part: part._replace(count=step) if is_schedule(part) else part,
+        opt_state,
+        is_leaf=is_schedule,
+    )
 
 
 def _variables(model: MetaFormer) -> tuple[Tree, Tree]:

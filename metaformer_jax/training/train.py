@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,10 @@ def train(
     console = console or Console()
     # Only the first process prints.
     console.quiet = console.quiet or not is_first_process()
-    run = Run(config)
     directory = workdir / "checkpoints"
+    preemption = Preemption()
+    preemption.goes_on_from(max(saved_steps(directory), default=0))
+    run = Run(config)
     # Whatever does not fit or is missing is reported before a workdir is created.
     if is_first_process() and config.wandb.project:
         import_wandb(config.wandb.project)
@@ -92,7 +94,7 @@ def train(
         accept_changes=accept_config_changes,
         is_writer=is_first_process(),
     )
-    with Preemption() as preemption, claimed:
+    with preemption, claimed:
         check_shared(workdir)
         if is_first_process():
             for sentence in set_aside_damaged(directory):
@@ -212,7 +214,7 @@ class _Training:
                 if step == 1:
                     picture = to_array(_batch_figure(run, batch, 0))
                     writer.write_picture(0, "train/batch", picture)
-                self._trace(trace, step, start_step)
+                self._trace(trace, step, start_step, state)
                 self.guard.expect(step, batches.indices)
                 self.preemption.trained()
                 state, metrics = train_step(state, batch)
@@ -227,9 +229,7 @@ class _Training:
                     writer.write(step, train=row, speed=speed)
                 if saves:
                     # Before the evaluation: if that fails, no training is lost.
-                    self.checkpoints.save(state, pending.to_host(), config)
-                    if writer.has_lost_its_folder():
-                        self._stop_in_new_folder(step)
+                    self._save(step, state, pending, writer)
                 stopped = False
                 if saves or run.is_due(config.eval_every_epochs, step):
                     with progress.paused():
@@ -240,11 +240,11 @@ class _Training:
                         except DataError:
                             # With several processes, only one may have met the bad images.
                             if not saves and jax.process_count() == 1:
-                                self.checkpoints.save(state, pending.to_host(), config)
+                                self._save(step, state, pending, writer)
                             raise
                 if stopped or (self.preemption.reached(step) and step < total_steps):
                     if not saves:
-                        self.checkpoints.save(state, pending.to_host(), config)
+                        self._save(step, state, pending, writer)
                     self.checkpoints.wait()
                     raise PreemptedError(
                         f"told to end: step {step} of {total_steps} is saved. The same command "
@@ -256,7 +256,18 @@ class _Training:
         if is_first_process():
             describe(self.workdir, self.config, self._run.class_names)
 
-    def _stop_in_new_folder(self, step: int) -> NoReturn:
+    def _save(
+        self, step: int, state: TrainState, pending: PendingMetrics, writer: MetricWriter
+    ) -> None:
+        try:
+            self.checkpoints.save(state, pending.to_host(), self.config)
+        except SaveError:
+            if jax.process_count() > 1 or not writer.has_lost_its_folder():
+                raise
+            # What failed was the one before, on its way into the folder that is gone.
+            self.checkpoints.save(state, pending.to_host(), self.config)
+        if not writer.has_lost_its_folder():
+            return
         # The checkpoint has made the folder anew.
         self.checkpoints.wait()
         self._keep_description()
@@ -279,7 +290,9 @@ class _Training:
         self.console.print(text, highlight=False)
         return compiled
 
-    def _trace(self, stack: contextlib.ExitStack, step: int, start_step: int) -> None:
+    def _trace(
+        self, stack: contextlib.ExitStack, step: int, start_step: int, state: TrainState
+    ) -> None:
         """Starts a profiler trace before the first of `profile_steps`, and ends it after the last.
 
         If some of these steps were done before this start of the run, the others are traced.
@@ -288,6 +301,9 @@ class _Training:
             return
         first, last = self.config.profile_steps
         folder = self.workdir / "profile"
+        if step in (max(first, start_step + 1), last + 1):
+            # The devices may be steps behind.
+            jax.block_until_ready(state)
         if step == max(first, start_step + 1) and step <= last:
             # Called when the trace is written, whether by the step after the last or by the end.
             stack.callback(self.console.print, f"profiler trace: {folder}", highlight=False)

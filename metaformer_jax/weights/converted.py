@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from metaformer_jax.models import MetaFormer
+from metaformer_jax.models import Frozen, MetaFormer
 from metaformer_jax.weights.convert import Variables, variables_of
 from metaformer_jax.weights.errors import CheckpointError, first_line
 from metaformer_jax.weights.files import (
@@ -77,8 +77,8 @@ def make_record(name: str, model: MetaFormer, **source: Any) -> Record:
         **source: the fields of `Record` that tell where they come from.
     """
     sizes = {True: 0, False: 0}
-    for path, variable in variables_of(model).items():
-        sizes[path[-1] == "random_matrix"] += math.prod(variable.shape)
+    for variable in variables_of(model).values():
+        sizes[isinstance(variable, Frozen)] += math.prod(variable.shape)
     return Record(
         model=name,
         num_classes=model.num_classes,

@@ -8,7 +8,7 @@ from typing import Any
 
 from metaformer_jax.models import model_info
 from metaformer_jax.weights.errors import DownloadError
-from metaformer_jax.weights.files import import_torch, sha256
+from metaformer_jax.weights.files import import_torch, local_path, sha256
 from metaformer_jax.weights.outputs import check_has_place
 from metaformer_jax.weights.recognition import TIMM_FAMILIES
 
@@ -60,9 +60,9 @@ def sail_source(name: str) -> HubFile:
 def cache_folder() -> pathlib.Path:
     """Where converted weights are kept: `$METAFORMER_JAX_CACHE`, or in the user's cache folder."""
     if folder := os.environ.get("METAFORMER_JAX_CACHE"):
-        return pathlib.Path(folder).expanduser()
+        return local_path(folder)
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(root).expanduser() / "metaformer_jax"
+    return local_path(root) / "metaformer_jax"
 
 
 def converted_file(name: str) -> pathlib.Path:

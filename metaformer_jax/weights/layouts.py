@@ -6,7 +6,7 @@ A parameter's path here, `("stages", 0, 2, "mlp", "fc1", "kernel")`, and its key
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -135,3 +135,14 @@ def key_table(paths: Iterable[Path], layout: str) -> dict[Path, tuple[str, Trans
             for path in paths
         }
     raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+
+
+def without_head(tensors: Mapping[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint but those of its head, whatever that is.
+
+    >>> list(without_head({"head.norm.weight": 0, "head.fc.weight": 0}, "timm"))
+    ['head.norm.weight']
+    """
+    # timm keeps the norm before the head in it.
+    prefix = "head.fc." if layout == "timm" else "head."
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}

@@ -18,10 +18,13 @@ from metaformer_jax.weights.convert import (
     to_variables,
     variables_of,
 )
+from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.layouts import without_head
 from metaformer_jax.weights.read import Checkpoint, read_checkpoint
-from metaformer_jax.weights.recognition import recognise
+from metaformer_jax.weights.recognition import published_architecture, recognise
 from metaformer_jax.weights.surgery import (
     NUM_IMAGENET_1K,
+    NUM_IMAGENET_21K,
     change_in_channels,
     map_head_to_imagenet_1k,
     replace_head,
@@ -166,10 +169,20 @@ def fitted_variables(
         )
     if name is not None:
         check_name(name, model)
-    tensors = read_checkpoint(path, name=name, entry=entry).tensors
-    # If the checkpoint's head or stem differs, its tensors must still all be there.
+    called = name or published_architecture(model.spec)
+    tensors = read_checkpoint(path, name=called, entry=entry).tensors
     info = recognise(tensors)
-    num_classes = info.num_classes if keep_head or class_map else model.num_classes
+    if class_map and info.num_classes != NUM_IMAGENET_21K:
+        raise CheckpointError(
+            f"`class_map` must be left out unless the checkpoint has the {NUM_IMAGENET_21K} "
+            f"classes of ImageNet-21K, got {path} with {info.num_classes}."
+        )
+    if keep_head:
+        tensors = without_head(tensors, info.layout)
+    # If the checkpoint's head or stem differs, its tensors must still all be there.
+    num_classes = model.num_classes
+    if keep_head or class_map:
+        num_classes = 0 if keep_head else NUM_IMAGENET_21K
     in_channels = (info.in_channels if fit_channels else None) or model.in_channels
     twin = model
     if (num_classes, in_channels) != (model.num_classes, model.in_channels):
@@ -183,8 +196,6 @@ def fitted_variables(
             )
         )
     variables = to_variables(tensors, twin)
-    if keep_head:
-        variables = {path: array for path, array in variables.items() if path[0] != "head"}
     if class_map or in_channels != model.in_channels:
         fill(twin, variables)
         if class_map:

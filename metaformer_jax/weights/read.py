@@ -94,7 +94,7 @@ def _check_called(
     others = (candidate for candidate in candidates if candidate != wanted)
     other = next((o for o in others if re.match(rf"{o}(?![a-z0-9])", called)), None)
     if other is not None:
-        remedy = "Name that model, or rename the file." if is_file_name else "Name that model."
+        remedy = "Take that model, or rename the file." if is_file_name else "Take that model."
         raise CheckpointError(
             f"The checkpoint must be one of {wanted}, got one called {called}: this looks like "
             f"{other}, which has the same keys and shapes. {remedy}"

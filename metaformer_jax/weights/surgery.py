@@ -120,9 +120,10 @@ def set_image_size(
 ) -> None:
     """Changes the image size that the model is built for, in place.
 
-    Models without RandomMixing accept any size as they are. RandFormer's matrices fit one number of
-    tokens: another size is refused unless `resample` is given. They are then resampled bilinearly
-    over the positions of output and input tokens, and scaled so that each row sums to 1 again.
+    Models without mixers that are bound to a size accept any as they are. RandFormer's matrices fit
+    one number of tokens: another size is refused unless `resample` is given. They are then
+    resampled bilinearly over the positions of output and input tokens, and scaled so that each row
+    sums to 1 again.
 
     Args:
         model: the model.
@@ -130,18 +131,23 @@ def set_image_size(
         resample: whether random matrices may be resampled.
 
     Raises:
-        ValueError: the model has random matrices of another size and `resample` is not given, the
-            size is too small for the model, or matrices to be resampled are abstract.
+        ValueError: the model has random matrices of another size and `resample` is not given, or
+            mixers of another kind that are bound to another size; the size is too small for the
+            model; or matrices to be resampled are abstract.
     """
     size = as_pair(image_size)
     resolutions = model.spec.stage_resolutions(size)
-    changed = [
-        (block.token_mixer, resolution)
-        for resolution, blocks in zip(resolutions, model.stages, strict=True)
-        for block in blocks
-        if isinstance(block.token_mixer, RandomMixing)
-        and block.token_mixer.resolution != resolution
-    ]
+    changed: list[tuple[RandomMixing, tuple[int, int]]] = []
+    for resolution, blocks in zip(resolutions, model.stages, strict=True):
+        for mixer in (block.token_mixer for block in blocks):
+            if getattr(mixer, "resolution", resolution) == resolution:
+                continue
+            if not isinstance(mixer, RandomMixing):
+                raise ValueError(
+                    f"`image_size` must be {model.image_size}, the size that the model's "
+                    f"{type(mixer).__name__} was built for, got {size}. Build the model anew."
+                )
+            changed.append((mixer, resolution))
     if changed and not resample:
         raise ValueError(
             f"`image_size` must be {model.image_size}, for which the model's random matrices were "

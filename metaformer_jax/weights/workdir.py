@@ -107,6 +107,21 @@ def model_name(path: pathlib.Path) -> str | None:
     return read_config(path).get("model.name") or None
 
 
+def sizes(path: pathlib.Path) -> dict[str, int]:
+    """The `num_classes`, `in_channels` and `image_size` of what the run trains, as far as kept.
+
+    Raises:
+        CheckpointError: the run's config or its names of classes are damaged.
+    """
+    config, names = read_config(path), read_class_names(path)
+    kept = {
+        "num_classes": names and len(names),
+        "in_channels": len(config.get("data.mean", ())),
+        "image_size": config.get("data.image_size"),
+    }
+    return {key: value for key, value in kept.items() if value}
+
+
 def spec(path: pathlib.Path) -> MetaFormerSpec | None:
     """The network that the run trains, by its config; None if its family is not known here.
 

@@ -31,6 +31,22 @@ def test_two_processes_train_as_one_and_stop_as_one_and_one_goes_on(undisturbed,
         assert row == pytest.approx(wanted, rel=1e-4)
 
 
+def test_two_processes_that_go_on_stop_when_told_before_their_first_step(tmp_path):
+    first = trainings.start_two(tmp_path, tampers=[{"die": ["step", 30, 0.0]}] * 2)
+    with trainings.ended(*first):
+        assert -signal.SIGKILL in [trainings.end(process)[0] for process in first]
+    saved = trainings.saved_steps(tmp_path)[-1]
+    processes = trainings.start_two(tmp_path)
+    with trainings.ended(*processes):
+        for line in processes[0].stdout:
+            if f"continuing after step {saved}" in line:
+                break
+        processes[1].send_signal(signal.SIGTERM)
+        codes = [trainings.end(process)[0] for process in processes]
+    assert codes == [PREEMPTED, PREEMPTED]
+    assert saved < trainings.saved_steps(tmp_path)[-1] < trainings.LAST_STEP
+
+
 def _noted(*paths):
     """The examples of each step, as those who share it noted them."""
     noted = {}
