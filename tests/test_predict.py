@@ -252,6 +252,15 @@ def test_an_orientation_is_applied_when_asked_for(tmp_path):
     assert (plain != turned).any()
 
 
+def test_tiff_pictures_are_turned_once_as_evaluation_turns_them(tmp_path):
+    image, exif = picture("turned"), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.tiff", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    for upright in (False, True):
+        assert_read_as(tmp_path / "turned.tiff", tmp_path / "upright.png", "", upright=upright)
+
+
 @pytest.mark.parametrize(("tag", "value"), [(296, "no number"), (282, "no number"), (256, "x")])
 def test_a_picture_with_odd_tags_is_turned_too(tag, value, tmp_path):
     image, exif = picture("turned"), Image.Exif()

@@ -153,6 +153,9 @@ def _examine(file: io.BufferedReader, image_size: int) -> tuple[list[str], int]:
 
 
 def _orientation(image: Image.Image) -> int:
+    # Pillow applies it to TIFF files while it decodes them, in evaluation too.
+    if image.format == "TIFF":
+        return 1
     # Without one of these in front a PNG would be decoded to look for it behind the pixels.
     if image.format == "PNG" and not image.info.keys() & _PNG_EXIF:
         return 1
