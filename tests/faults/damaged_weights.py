@@ -12,6 +12,8 @@ import json
 import pathlib
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import torch
@@ -129,7 +131,7 @@ def write_workdir(path):
         num_skipped=np.int32(0),
     )
     with Checkpoints(path / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(state, [], recipes.digits())
+        checkpoints.save(jax.tree.map(jnp.asarray, state), [], recipes.digits())
 
 
 # How a folder is written, and how its tensors are read.
