@@ -97,7 +97,7 @@ def load(name: str, weights: str) -> "Classifier":
     return load_classifier(None if name == BY_WEIGHTS else name, weights=weights.strip() or None)
 
 
-# No more than models, each of which it keeps in memory too.
+# Each keeps its model in memory: as many as `load` does.
 @functools.lru_cache(maxsize=4)
 def _explainer(name: str, weights: str, stage: str) -> "Explainer":
     from metaformer_jax.inference.drawing import Explainer

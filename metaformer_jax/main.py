@@ -199,7 +199,7 @@ def main(argv: list[str]) -> None:
         code = _tell(error, TRAINING_FAILED)
     except OSError as error:
         # Files that were opened long before do not tell their name.
-        file = error.filename or f"a file in {workdir}, or the output"
+        file = error.filename or f"a file{f' in {workdir}' if workdir else ''}, or the output"
         code = _tell(f"{file}: {error.strerror or error}", TRAINING_FAILED)
     except jax.errors.JaxRuntimeError as error:
         code = _tell(distributed.explain(error), TRAINING_FAILED)

@@ -22,9 +22,8 @@ def main(
     parser.add_argument(
         "--checkpoint",
         default="published",
-        help="a .pth or .safetensors file, a converted folder or a run's workdir; of "
-        "a file that holds averaged weights as well, these; by default the published weights are "
-        "downloaded",
+        help="a .pth or .safetensors file, a converted folder or a run's workdir; if averaged "
+        "weights are in it, these are taken; by default the published weights are downloaded",
     )
     parser.add_argument("--img-size", type=int, help="pixels per side; by default the model's")
     parser.add_argument("--crop-pct", type=float, default=1.0)

@@ -177,12 +177,10 @@ def fitted_variables(
             f"`class_map` must be left out unless the checkpoint has the {NUM_IMAGENET_21K} "
             f"classes of ImageNet-21K, got {path} with {info.num_classes}."
         )
-    if keep_head:
-        tensors = without_head(tensors, info.layout)
     # If the checkpoint's head or stem differs, its tensors must still all be there.
-    num_classes = model.num_classes
-    if keep_head or class_map:
-        num_classes = 0 if keep_head else NUM_IMAGENET_21K
+    num_classes = NUM_IMAGENET_21K if class_map else model.num_classes
+    if keep_head:
+        tensors, num_classes = without_head(tensors, info.layout), 0
     in_channels = (info.in_channels if fit_channels else None) or model.in_channels
     twin = model
     if (num_classes, in_channels) != (model.num_classes, model.in_channels):
