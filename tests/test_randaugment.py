@@ -171,6 +171,17 @@ def test_magnitudes_are_cut_at_none():
     assert np.mean(np.equal(magnitudes, 0)) == pytest.approx(0.309, abs=0.04)
 
 
+@pytest.mark.parametrize(("std", "is_uniform"), [("100", False), ("100.5", True), ("999", True)])
+def test_magnitudes_are_uniform_below_theirs_with_a_deviation_above_a_hundred(std, is_uniform):
+    policy = parse_policy(f"rand-m8-mstd{std}-n4-p1-inc1")
+    magnitudes = [magnitude for _, magnitude, *_ in itertools.chain(*drawn(policy, 1000))]
+    # A normal distribution this wide is nearly always cut to 0 or 10.
+    expected = [0.8, 2.4, 5.6, 7.2] if is_uniform else [0, 0, 10, 10]
+    actual = np.quantile(magnitudes, [0.1, 0.3, 0.7, 0.9])
+    np.testing.assert_allclose(actual, expected, atol=0.3)
+    assert max(magnitudes) == pytest.approx(8 if is_uniform else 10, abs=0.05)
+
+
 @pytest.mark.parametrize(("mode", "color"), [("RGB", (1, 2, 3)), ("L", (1,))])
 def test_what_an_image_leaves_empty_gets_the_given_colour(mode, color):
     white = Image.new(mode, (24, 24), "white")

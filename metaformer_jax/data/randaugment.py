@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 _MAX_MAGNITUDE = 10.0
+_MAX_STD = 100.0
 _PART = re.compile(
     r"(?P<name>mstd|inc|m|p|n(?=\d{1,3}$))(?P<value>\d{1,9}(?:\.\d{1,9})?)", re.ASCII
 )
@@ -40,7 +41,8 @@ class RandAugmentPolicy:
 
     Attributes:
         magnitude: mean of the magnitudes, in [0, 10].
-        magnitude_std: their standard deviation; they are cut to [0, 10].
+        magnitude_std: their standard deviation; they are cut to [0, 10]. Above 100 they are uniform
+            in [0, magnitude] instead of normal.
         num_operations: drawn for each image, uniformly with replacement.
         probability: that one that is drawn is applied.
 
@@ -115,11 +117,17 @@ def randaugment(
         if rng.random() >= policy.probability:
             continue
         operation = OPERATIONS[names[index]]
-        magnitude = min(max(rng.normal(policy.magnitude, policy.magnitude_std), 0), _MAX_MAGNITUDE)
+        magnitude = _draw_magnitude(rng, policy)
         sign = int(rng.choice((-1, 1))) if operation.has_sign else 1
         resample = _RESAMPLING[rng.integers(2)] if operation.is_geometric else None
         image = apply(image, operation, magnitude, sign=sign, resample=resample, fill=color)
     return image
+
+
+def _draw_magnitude(rng: np.random.Generator, policy: RandAugmentPolicy) -> float:
+    if policy.magnitude_std > _MAX_STD:
+        return rng.uniform(0, policy.magnitude)
+    return min(max(rng.normal(policy.magnitude, policy.magnitude_std), 0), _MAX_MAGNITUDE)
 
 
 def apply(
