@@ -291,6 +291,18 @@ def test_a_picture_with_damaged_exif_is_read_as_evaluation_does(suffix, tmp_path
         )
 
 
+def test_a_picture_that_is_damaged_behind_its_pixels_says_why(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture("turned").save(tmp_path / "turned.png", exif=exif)
+    content, end = (tmp_path / "turned.png").read_bytes(), 12
+    profile = struct.pack(">I4sI", 0, b"iCCP", zlib.crc32(b"iCCP"))
+    (tmp_path / "turned.png").write_bytes(content[:-end] + profile + content[-end:])
+    for upright in (False, True):
+        with pytest.raises(BadImageError, match="IndexError: "):
+            read_image(tmp_path / "turned.png", COLOUR, upright=upright)
+
+
 def test_a_picture_is_decoded_once(tmp_path, monkeypatch):
     picture("plain").save(tmp_path / "plain.png")
     loads = []

@@ -112,6 +112,12 @@ def _with_an_empty_chunk():
     return whole[:-end] + chunk + whole[-end:]
 
 
+def _damaged_spider(place, number):
+    whole = bytearray(encoded(PHOTO.convert("F"), "SPIDER"))
+    struct.pack_into("f", whole, place, number)
+    return bytes(whole)
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     "data",
@@ -129,12 +135,22 @@ def _with_an_empty_chunk():
         pytest.param(_bomb(), id="a decompression bomb"),
         pytest.param(encoded(PHOTO.convert("F"), "TIFF"), id="numbers of unknown range"),
         pytest.param(encoded(PHOTO.convert("I"), "TIFF"), id="whole numbers of unknown range"),
+        pytest.param(_damaged_spider(92, np.inf), id="a Spider file of endless images"),
+        pytest.param(_damaged_spider(104, 1), id="a Spider file in a stack that is not there"),
     ],
 )
 def test_what_is_no_whole_image_is_refused(data):
     for channels in (1, 3):
         with pytest.raises(BadImageError, match=r"\w"):
             decode(data, channels=channels)
+
+
+def test_what_is_wrong_with_an_image_is_told_with_the_type_of_the_error():
+    for place, number, name in ((92, np.inf, "OverflowError"), (104, 1, "AttributeError")):
+        with pytest.raises(BadImageError, match=f"^{name}: "):
+            decode(_damaged_spider(place, number), channels=3)
+    with pytest.raises(BadImageError, match=r"^5 bytes that are no image$"):
+        decode(b"hello", channels=3)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow tells of what it skips.

@@ -6,7 +6,6 @@ Each random function draws from the generator it is given, and from nothing else
 import functools
 import io
 import math
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -120,23 +119,13 @@ def _decode_by_pillow(data: bytes, channels: int, crop: Crop | None) -> Image.Im
         opened = Image.open(io.BytesIO(data), formats=readable_formats())
         opened.load()
         image = in_channels(opened, channels)
+    except BadImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError(f"{len(data)} bytes that are no image") from error
     # Each format's reader fails in its own way.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        IndexError,
-        KeyError,
-        EOFError,
-        RuntimeError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
-        reason = str(error) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"{len(data)} bytes that are no image"
-        raise BadImageError(reason) from error
+    except Exception as error:
+        raise BadImageError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
     return image.crop(crop(*image.size)) if crop else image
 
 

@@ -120,8 +120,11 @@ def read_image(
         return transform(data), notes
     try:
         image = in_channels(opened.transpose(turn), transform.channels)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadImageError(str(error)) from error
+    except BadImageError:
+        raise
+    # Each format's reader fails in its own way.
+    except Exception as error:
+        raise BadImageError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
     return transform.of_image(image), notes
 
 
