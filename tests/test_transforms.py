@@ -494,6 +494,24 @@ def test_a_recipe_takes_the_simple_crop_where_it_is_asked_for():
         np.testing.assert_array_equal(actual, expected)
 
 
+def test_the_filter_of_a_simple_crop_is_drawn_for_each_image():
+    names = ("nearest", "bilinear", "bicubic", "lanczos")
+    # Of one square no part is drawn but along the border: the filter shows in the middle.
+    data, square = encoded(PHOTO.resize((40, 40)), "PNG"), PHOTO.resize((40, 40))
+    resized = [square.resize((16, 16), Image.Resampling[name.upper()]) for name in names]
+    used = []
+    for seed in range(200):
+        crop = plain(crop="simple", interpolations=names)(data, rng(seed))
+        used.append([_is_part_of(crop[4:12, 4:12], np.asarray(whole)) for whole in resized])
+    assert (np.sum(used, 1) == 1).all()
+    np.testing.assert_allclose(np.mean(used, 0), 0.25, atol=0.1)
+
+
+def _is_part_of(part, whole):
+    windows = np.lib.stride_tricks.sliding_window_view(whole, part.shape)
+    return (windows == part).all((-3, -2, -1)).any()
+
+
 def test_a_recipe_augments_by_its_policy_and_fills_with_its_colour():
     policy = RandAugmentPolicy(num_operations=1, probability=1.0)
     results = several(plain(randaugment=policy, fill=(1, 2, 3)), WHITE)

@@ -88,22 +88,21 @@ class TrainTransform:
         return transforms.to_array(image)
 
     def _decode_and_crop(self, data: bytes, rng: np.random.Generator) -> Image.Image:
+        def draw_filter() -> Image.Resampling:
+            return INTERPOLATIONS[self.interpolations[rng.integers(len(self.interpolations))]]
+
         if self.crop == "simple":
             image = transforms.decode(data, channels=self.channels)
-            return transforms.simple_random_crop(image, self.image_size, rng=rng)
+            return transforms.simple_random_crop(
+                image, self.image_size, rng=rng, interpolation=draw_filter()
+            )
         box = None
         if self.crop == "random_resized":
             box = functools.partial(
                 transforms.crop_box, rng=rng, scale=self.crop_scale, ratio=self.crop_ratio
             )
         return transforms.decode_and_resize(
-            data,
-            self.image_size,
-            channels=self.channels,
-            crop=box,
-            draw_filter=lambda: INTERPOLATIONS[
-                self.interpolations[rng.integers(len(self.interpolations))]
-            ],
+            data, self.image_size, channels=self.channels, crop=box, draw_filter=draw_filter
         )
 
 

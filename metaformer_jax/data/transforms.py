@@ -198,13 +198,18 @@ def crop_box(
 
 
 def simple_random_crop(
-    image: Image.Image, size: int, *, rng: np.random.Generator, padding: int = 4
+    image: Image.Image,
+    size: int,
+    *,
+    rng: np.random.Generator,
+    padding: int = 4,
+    interpolation: Image.Resampling = BICUBIC,
 ) -> Image.Image:
     """Resizes the short side to `size`, mirrors a border around, and takes any square of `size`.
 
-    DeiT III's crop for ImageNet-21K (https://arxiv.org/abs/2204.07118).
+    DeiT III's crop for ImageNet-21K (https://arxiv.org/abs/2204.07118), by default with its filter.
     """
-    image = resize_short_side(image, size, BICUBIC)
+    image = resize_short_side(image, size, interpolation)
     pixels = np.asarray(image)
     borders = [(padding, padding)] * 2 + [(0, 0)] * (pixels.ndim - 2)
     padded = np.pad(pixels, borders, mode="reflect")
