@@ -83,6 +83,20 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "From 0, with --coordinator_address.")
 flags.mark_flag_as_required("config")
 
+# Modes in which a flag has an effect, where not in all. A workdir may stay where one looks at what
+# its run would train.
+_MODES_OF_FLAGS = {
+    "output": ("preview", "compile"),
+    "topology": ("compile",),
+    "batch_per_device": ("compile",),
+    "largest_batch": ("compile",),
+    "accept_config_changes": ("train",),
+    "distributed": ("train", "eval", "preview"),
+    "coordinator_address": ("train", "eval", "preview"),
+    "num_processes": ("train", "eval", "preview"),
+    "process_id": ("train", "eval", "preview"),
+}
+
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
@@ -128,6 +142,13 @@ def main(argv: list[str]) -> None:
     """Runs the mode that the flags ask for."""
     if argv[1:]:
         _exit_with(f"Arguments must be --flags, got {' '.join(argv[1:])}.", USAGE_ERROR)
+    for name, modes in _MODES_OF_FLAGS.items():
+        if flags.FLAGS[name].present and _MODE.value not in modes:
+            _exit_with(
+                f"`--{name}` must be given with --mode={' or '.join(modes)} only, got "
+                f"--mode={_MODE.value}, where it has no effect. Leave one of them out.",
+                USAGE_ERROR,
+            )
     if "://" in (_WORKDIR.value or ""):
         _exit_with(
             f"`--workdir` must be a folder, got {_WORKDIR.value!r}. Mount the bucket, with gcsfuse "

@@ -49,6 +49,31 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_pat
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "mode"),
+    [
+        ("--output=x.json", "eval"),
+        ("--topology=v5e:4x4", "train"),
+        ("--batch_per_device=3", "train"),
+        ("--nolargest_batch", "preview"),
+        ("--accept_config_changes", "eval"),
+        ("--nodistributed", "compile"),
+        ("--coordinator_address=127.0.0.1:1", "compile"),
+        ("--num_processes=2", "compile"),
+        ("--process_id=0", "compile"),
+    ],
+)
+def test_a_flag_is_refused_in_a_mode_where_it_has_no_effect(flag, mode, tmp_path):
+    # Without the refusal this field would end all modes with another error.
+    wrong = "--config.mesh.data=3"
+    result = _main(DIGITS, wrong, f"--workdir={tmp_path / 'run'}", f"--mode={mode}", flag)
+    assert result.returncode == 2
+    name = flag.removeprefix("--").removeprefix("no").partition("=")[0]
+    assert result.stderr.startswith(f"error: `--{name}` must be given with --mode=")
+    assert f"got --mode={mode}, where it has no effect." in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_a_bucket_is_no_workdir():
     result = _main(DIGITS, "--workdir=gs://bucket/run")
     assert result.returncode == 2
