@@ -107,6 +107,19 @@ def test_a_conversion_keeps_the_sizes_that_the_run_trained_with(tmp_path, capsys
     assert "--image-size must be what the checkpoint has, (32, 32)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("data.mean", 3), ("data.mean", None), ("data.mean", "grey"), ("data.image_size", "32")],
+)
+def test_a_run_whose_config_has_no_sizes_is_not_converted(field, value, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"model.name": NAME, field: value}))
+    assert load_program().main([str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'config.json'} must be the config that the run wrote" in line
+    assert repr(value) in line
+
+
 def test_where_the_run_deletes_what_is_read_the_next_is_read(
     workdir, variables, tmp_path, monkeypatch
 ):

@@ -114,10 +114,16 @@ def sizes(path: pathlib.Path) -> dict[str, int]:
         CheckpointError: the run's config or its names of classes are damaged.
     """
     config, names = read_config(path), read_class_names(path)
+    mean, image_size = config.get("data.mean", []), config.get("data.image_size", 0)
+    if not isinstance(mean, list) or not isinstance(image_size, int):
+        raise CheckpointError(
+            f"{path / CONFIG} must be the config that the run wrote, with a list as data.mean and "
+            f"a whole number as data.image_size, got {mean!r} and {image_size!r}."
+        )
     kept = {
         "num_classes": names and len(names),
-        "in_channels": len(config.get("data.mean", ())),
-        "image_size": config.get("data.image_size"),
+        "in_channels": len(mean),
+        "image_size": image_size,
     }
     return {key: value for key, value in kept.items() if value}
 
