@@ -28,7 +28,7 @@ from metaformer_jax.weights.convert import check_name, to_variables, variables_o
 from metaformer_jax.weights.files import write_tensors
 from metaformer_jax.weights.pretrained import build_abstract, fill
 from metaformer_jax.weights.read import read_checkpoint
-from metaformer_jax.weights.write import write_variables
+from metaformer_jax.weights.write import check_destination, write_variables
 
 pytestmark = pytest.mark.optimized
 
@@ -354,6 +354,18 @@ def test_saving_refuses_what_a_file_cannot_hold(tmp_path):
         with pytest.raises(ValueError, match=message):
             write_variables({}, tmp_path / output, name=SMALL, model=model, layout=layout)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["a.npz", "a.H5", "a.pth.gz", "s18.v2"])
+def test_saving_makes_no_folder_with_the_suffix_of_another_format(output, tmp_path):
+    with pytest.raises(ValueError, match=rf"end in \.safetensors, \.pth, .* got '.*{output}'"):
+        write_variables({}, tmp_path / output, name=SMALL, model=abstract_model())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["s18_lr0.1", "s18.2", ".hidden", "a.b/s18", "ends."])
+def test_a_folder_may_have_a_point_in_its_name(output, tmp_path):
+    assert check_destination(tmp_path / output, name=SMALL, layout=None, force=False) == "flax"
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

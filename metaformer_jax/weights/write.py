@@ -1,6 +1,7 @@
 """Writing weights: a converted folder, one portable file, a PyTorch checkpoint in either layout."""
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from metaformer_jax.weights.convert import (
 )
 from metaformer_jax.weights.files import SAFETENSORS, TORCH_SUFFIXES, suffix_of, write_tensors
 from metaformer_jax.weights.outputs import check_output, whole_output
+
+_FILE_SUFFIXES = (SAFETENSORS, *TORCH_SUFFIXES)
+# A folder may be called s18_lr0.1 or s18.2: these are no formats.
+_FORMAT = re.compile(r"\.[a-z]\w*")
 
 
 def save_weights(
@@ -45,8 +50,9 @@ def save_weights(
 
     Raises:
         FileExistsError: something is at the path.
-        ValueError: the name is unknown or belongs to another model, the layout cannot hold the
-            model, the model is abstract, or a parameter is not float32, float16 or bfloat16.
+        ValueError: the name is unknown or belongs to another model, the path has the suffix of
+            another format, the layout cannot hold the model, the model is abstract, or a parameter
+            is not float32, float16 or bfloat16.
     """
     check_has_values(model)
     variables = {key: np.asarray(value[...]) for key, value in variables_of(model).items()}
@@ -87,11 +93,17 @@ def check_destination(
 
     Raises:
         FileExistsError: something is there.
-        ValueError: an unknown name, or the layout cannot hold the model.
+        ValueError: an unknown name, the suffix of a format that is not written, or the layout
+            cannot hold the model.
     """
     model_info(name)
-    check_output(path, force=force, is_folder=not is_file_name(path))
     suffix = suffix_of(path)
+    if not is_file_name(path) and _FORMAT.fullmatch(suffix):
+        raise ValueError(
+            f"`output` must end in {', '.join(_FILE_SUFFIXES)}, or for a folder in no suffix, got "
+            f"{os.fspath(path)!r}. Choose another name."
+        )
+    check_output(path, force=force, is_folder=not is_file_name(path))
     if not is_file_name(path):
         if layout not in (None, "flax"):
             raise ValueError(f"`layout` must be left out for a folder, got {layout!r}.")
@@ -109,4 +121,4 @@ def check_destination(
 
 def is_file_name(path: str | os.PathLike[str]) -> bool:
     """Whether an output of this name is a file; anything else is a folder."""
-    return suffix_of(path) in (SAFETENSORS, *TORCH_SUFFIXES)
+    return suffix_of(path) in _FILE_SUFFIXES
