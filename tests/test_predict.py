@@ -291,6 +291,25 @@ def test_a_picture_with_damaged_exif_is_read_as_evaluation_does(suffix, tmp_path
         )
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data.mean", 3),
+        ("data.std", None),
+        ("data.image_size", "32"),
+        ("eval_crop_fraction", "x"),
+        ("eval_interpolation", 1),
+    ],
+)
+def test_weights_whose_config_has_no_settings_are_refused(call, run, field, value, tmp_path):
+    copy = shutil.copytree(run[0] / "run", tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {field: value}))
+    code, _, err = call("digits/0.png", "--weights", copy)
+    assert code == 2
+    assert f"must be the config that the run wrote, got TypeError: {value!r} as {field}." in err
+
+
 def test_a_picture_that_is_damaged_behind_its_pixels_says_why(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -15,6 +15,15 @@ from metaformer_jax.models import (
 from metaformer_jax.weights import CheckpointError, read_record, workdir
 from metaformer_jax.weights.files import SAFETENSORS, suffix_of
 
+# What a run's config tells of the images, and the JSON types of it.
+_SETTINGS: dict[str, tuple[str, type | tuple[type, ...]]] = {
+    "image_size": ("data.image_size", int),
+    "crop_fraction": ("eval_crop_fraction", (int, float)),
+    "interpolation": ("eval_interpolation", str),
+    "mean": ("data.mean", list),
+    "std": ("data.std", list),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Told:
@@ -92,13 +101,10 @@ def published_settings(name: str, channels: int) -> dict[str, Any]:
 def _read_config(path: pathlib.Path) -> Told:
     try:
         config = json.loads(path.read_text())
-        settings = {
-            "image_size": config["data.image_size"],
-            "crop_fraction": config["eval_crop_fraction"],
-            "interpolation": config["eval_interpolation"],
-            "mean": config["data.mean"],
-            "std": config["data.std"],
-        }
+        for field, types in _SETTINGS.values():
+            if not isinstance(config[field], types):
+                raise TypeError(f"{config[field]!r} as {field}")
+        settings = {name: config[field] for name, (field, _) in _SETTINGS.items()}
         name, spec, title = config["model.name"] or None, None, ""
         if name is None:
             title, spec = config["model.family"], workdir.family_spec(config)
