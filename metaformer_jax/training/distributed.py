@@ -2,13 +2,25 @@
 
 import contextlib
 import os
+import pathlib
 import sys
+import time
+import urllib.error
+import urllib.request
 from typing import NoReturn
 
 import jax
 
-# Variables in which launchers give the number of processes.
-_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# Variables in which launchers give the number of processes, or of slices of TPUs.
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "MEGASCALE_NUM_SLICES")
+# Those in which Kubernetes lists the hosts of a slice of TPUs.
+_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+# Where machines of Google Cloud ask about themselves, and their list of a slice's hosts.
+_METADATA = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+_METADATA_TRIES = 6
+_METADATA_TIMEOUT_SECONDS = 5
+_PCI_DEVICES = pathlib.Path("/sys/bus/pci/devices")
+_GOOGLE_PCI_VENDOR = "0x1ae0"
 # A process without a heartbeat for this long counts as dead, and JAX ends the others.
 _HEARTBEAT_TIMEOUT_SECONDS = 30
 
@@ -27,10 +39,12 @@ def initialize(
         num_processes: the number of all processes.
         process_id: of this process, from 0.
         distributed: True reads these from the environment (TPU pod, SLURM, Open MPI, Kubernetes);
-            False means a single process; None looks whether the environment describes several.
+            False means a single process; None looks whether the environment describes several. On a
+            machine of Google Cloud with TPUs it asks the metadata server.
 
     Raises:
-        ValueError: an argument is missing, or the environment does not describe a cluster.
+        ValueError: an argument is missing, the environment does not describe a cluster, or the
+            devices belong to several processes that are not connected.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -52,14 +66,24 @@ def initialize(
             process_id,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
         )
-    elif distributed or (distributed is None and _is_one_of_several()):
+    elif distributed is not False and (
+        sign := "--distributed" if distributed else _sign_of_several()
+    ):
         try:
             jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS)
         except ValueError as error:
             raise ValueError(
-                "`--distributed` must be left out where no cluster is found in the environment "
-                f"({error}). Or give --coordinator_address, --num_processes and --process_id."
+                f"A cluster must be found in the environment with {sign}, got none that JAX knows "
+                f"({error}). Under SLURM start each process by srun; elsewhere give "
+                "--coordinator_address, --num_processes and --process_id. Or give --nodistributed, "
+                "to run as a single process."
             ) from error
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            "`--distributed` must be given where the devices belong to several processes, got "
+            f"{jax.process_count()} processes that are not connected. If no cluster is found then, "
+            "give --coordinator_address, --num_processes and --process_id."
+        )
 
 
 def is_first_process() -> bool:
@@ -97,7 +121,58 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _is_one_of_several() -> bool:
-    if any(int(os.environ.get(name) or 1) > 1 for name in _SIZES):
-        return True
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+def _sign_of_several() -> str:
+    """What tells that this is one of several processes; "" if nothing does."""
+    for name in _SIZES:
+        if _number(name) > 1:
+            return f"{name}={os.environ[name]}"
+    for name in _HOSTS:
+        if name in os.environ:
+            return f"{name}={os.environ[name]}" if "," in os.environ[name] else ""
+    hosts = _hosts_of_slice() if _may_be_in_slice() else ""
+    return f"a TPU slice of the hosts {hosts}" if "," in hosts else ""
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name) or "1"
+    if not value.isdecimal():
+        raise ValueError(
+            f"`{name}` must be a number in the environment, got {value!r}. Correct it, or give "
+            "--nodistributed to run as a single process."
+        )
+    return int(value)
+
+
+def _may_be_in_slice() -> bool:
+    """Whether TPUs of Google Cloud may be attached; elsewhere nothing answers about them."""
+    # JAX sets the first where it finds no TPU. Google's network cards have its number as well.
+    if "TPU_SKIP_MDS_QUERY" in os.environ or "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
+        return False
+    for vendor in _PCI_DEVICES.glob("*/vendor"):
+        with contextlib.suppress(OSError):
+            if vendor.read_text().strip() == _GOOGLE_PCI_VENDOR:
+                return True
+    return False
+
+
+def _hosts_of_slice() -> str:
+    """The hosts of this machine's slice of TPUs, with commas; "" if it is in none."""
+    request = urllib.request.Request(
+        _METADATA.format(os.environ.get("GCE_METADATA_IP", "metadata.google.internal")),
+        headers={"Metadata-Flavor": "Google"},
+    )
+    # No proxy can know about this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for trial in range(_METADATA_TRIES):
+        if trial:
+            time.sleep(0.5)
+        try:
+            with opener.open(request, timeout=_METADATA_TIMEOUT_SECONDS) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return ""
+        # What is found out too late is told after the devices are initialized.
+        except OSError:
+            pass
+    return ""

@@ -143,18 +143,22 @@ def test_two_processes_with_a_workdir_each_both_end_at_the_start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "environment", "message"),
     [
-        (["--num_processes=2"], "must be given together"),
+        (["--num_processes=2"], {}, "must be given together"),
         (
             ["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
+            {},
             "`--process_id` must be in [0, 2), got 2",
         ),
-        (["--distributed"], "`--distributed` must be left out where no cluster is found"),
+        (["--distributed"], {}, "A cluster must be found in the environment with --distributed"),
+        # As sbatch sets it; the variables of a step come from srun.
+        ([], {"SLURM_NTASKS": "4"}, "with SLURM_NTASKS=4, got none that JAX knows (coordinator_"),
+        ([], {"SLURM_NTASKS": "4x"}, "`SLURM_NTASKS` must be a number in the environment, got"),
     ],
 )
-def test_processes_that_cannot_find_each_other_are_refused(flags, message, tmp_path):
-    code, _, errors = trainings.end(trainings.start(tmp_path / "new", *flags))
+def test_processes_that_cannot_find_each_other_are_refused(flags, environment, message, tmp_path):
+    code, _, errors = trainings.end(trainings.start(tmp_path / "new", *flags, **environment))
     assert code == 2
     assert message in errors
     assert "Traceback" not in errors
