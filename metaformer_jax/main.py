@@ -163,8 +163,8 @@ def main(argv: list[str]) -> None:
 
     from metaformer_jax.data.loader import DataError
     from metaformer_jax.training import compile, distributed, evaluation, train
+    from metaformer_jax.training.agreement import DisagreementError
     from metaformer_jax.training.checkpoint import SaveError
-    from metaformer_jax.training.claim import UnsharedWorkdirError
     from metaformer_jax.training.compilation_cache import keep_compiled_programs
     from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
@@ -211,7 +211,7 @@ def main(argv: list[str]) -> None:
             _exit_with("`--workdir` must be given to train.", USAGE_ERROR)
         else:
             train.train(_CONFIG.value, workdir, accept_config_changes=_ACCEPT_CONFIG_CHANGES.value)
-    except UnsharedWorkdirError as error:
+    except DisagreementError as error:
         # Raised in all processes: JAX's own exit waits until each of them has ended.
         sys.exit(_tell(error, USAGE_ERROR))
     except (ValueError, FileNotFoundError, ImportError, DownloadError) as error:

@@ -1,23 +1,17 @@
-"""Makes sure that a workdir is used by one config, one run at a time, and all its processes."""
+"""Makes sure that a workdir is used by one config, and one run at a time."""
 
 import contextlib
 import datetime
 import json
 import os
 import pathlib
-import secrets
 import socket
-import time
 import warnings
 from collections.abc import Iterator
 
-import jax
 import ml_collections
-import numpy as np
-from jax.experimental import multihost_utils
 
 from metaformer_jax.training import settings
-from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.provenance import check_same_classes
 from metaformer_jax.weights.workdir import CLASS_NAMES, CONFIG, read_config, saved_steps
 
@@ -27,14 +21,6 @@ except ImportError:  # Windows, where nothing keeps two runs apart.
     fcntl = None  # type: ignore[assignment]
 
 _LOCK_NAME = "run.lock"
-# How long a file that one host writes may take to show on another.
-_SHOWS_AFTER_SECONDS = 5
-_MAX_HOST_BYTES = 64
-_MAX_NAMED = 5
-
-
-class UnsharedWorkdirError(ValueError):
-    """The processes of a run have different workdirs; raised in each of them."""
 
 
 @contextlib.contextmanager
@@ -92,56 +78,6 @@ def describe(
         part = path.with_suffix(".tmp")
         part.write_text(json.dumps(content, indent=2) + "\n")
         part.replace(path)
-
-
-def check_shared(workdir: pathlib.Path) -> None:
-    """Makes sure that the workdir is one folder for all processes; all of them must call this.
-
-    Otherwise each process would wait forever for the others' parts of the first checkpoint.
-
-    Raises:
-        UnsharedWorkdirError: in all of them, if one does not see what the first one writes.
-    """
-    if jax.process_count() == 1:
-        return
-    drawn = np.frombuffer(secrets.token_bytes(8), np.uint32)
-    # A new name: no host's cache can know it, or know that it did not exist.
-    path = workdir / f"run-{multihost_utils.broadcast_one_to_all(drawn).tobytes().hex()}.token"
-    with contextlib.ExitStack() as clearing_up:
-        if is_first_process():
-            clearing_up.callback(path.unlink, missing_ok=True)
-            path.touch()
-        multihost_utils.sync_global_devices("token written")
-        host = socket.gethostname()
-        named = host.encode()[:_MAX_HOST_BYTES].ljust(_MAX_HOST_BYTES, b"\0")
-        mine = np.frombuffer(bytes([_shows(path)]) + named, np.uint8)
-        all_of_them = multihost_utils.process_allgather(mine)
-    blind = [
-        f"process {index} on {theirs[1:].tobytes().rstrip(bytes(1)).decode(errors='replace')}"
-        for index, theirs in enumerate(all_of_them)
-        if not theirs[0]
-    ]
-    if blind:
-        more = f" and {len(blind) - _MAX_NAMED} more" if len(blind) > _MAX_NAMED else ""
-        raise UnsharedWorkdirError(
-            f"`workdir` must be one folder for all processes, got {str(workdir)!r} for process "
-            f"{jax.process_index()} on {host}; what the first process writes in its own does not "
-            f"show for {', '.join(blind[:_MAX_NAMED])}{more}. Use a folder that all hosts share: "
-            "NFS, Filestore, a mounted bucket."
-        )
-
-
-def _shows(path: pathlib.Path) -> bool:
-    until = time.monotonic() + _SHOWS_AFTER_SECONDS
-    while True:
-        # Network file systems answer from a cache; listing and opening ask the server.
-        with contextlib.suppress(OSError):
-            os.listdir(path.parent)
-            with path.open("rb"):
-                return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager

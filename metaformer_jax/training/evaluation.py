@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from metaformer_jax.training import agreement
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.pictures import draw_misclassified
@@ -125,14 +126,17 @@ def evaluate(
     the average is returned. The run may go on at the same time.
 
     Raises:
-        ValueError: the config is wrong, the workdir holds no checkpoint, or the weights do not fit.
+        ValueError: the config is wrong, the workdir holds no checkpoint, the weights do not fit, or
+            processes have other configs, data or weights than each other.
         FileNotFoundError: there are no pretrained weights at the path.
     """
     console = console or Console()
     console.quiet = console.quiet or not is_first_process()
     run = Run(config, trains=False)
+    variables = {} if workdir else _pretrained_variables(run)
+    agreement.check_same(config, run.class_names, run.num_examples, variables)
     if workdir is None:
-        evaluation = evaluate_state(run, _pretrained_state(run), console=console)
+        evaluation = evaluate_state(run, _state_of(run, variables), console=console)
         console.print(str(evaluation), highlight=False, soft_wrap=True)
         return evaluation
     if not saved_steps(workdir / "checkpoints"):
@@ -192,7 +196,7 @@ def _read_newest(run: Run, workdir: pathlib.Path) -> tuple[int, dict[str, Variab
             return step, {entry: to_variables(tensors[entry], model) for entry in tensors}
 
 
-def _pretrained_state(run: Run) -> TrainState:
+def _pretrained_variables(run: Run) -> Variables:
     config = run.config.model
     if not config.pretrained or config.fresh_head:
         raise ValueError(
@@ -200,7 +204,7 @@ def _pretrained_state(run: Run) -> TrainState:
             f"have something to evaluate, got {config.pretrained!r} and fresh_head="
             f"{config.fresh_head}."
         )
-    return _state_of(run, run.pretrained_variables())
+    return run.pretrained_variables()
 
 
 def _state_of(run: Run, variables: Variables) -> TrainState:

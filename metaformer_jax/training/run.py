@@ -62,6 +62,7 @@ class Run:
             if trains:
                 self.train_source = _open_source(data, "train")
             self.eval_source = _open_source(data, "eval")
+        self.num_examples = {"evaluation": len(self.eval_source)}
         self.class_names = self.eval_source.class_names
         channels = self.eval_source.channels
         for field in ("mean", "std"):
@@ -77,7 +78,7 @@ class Run:
         self.mixes = device_transform.mixes
         self.steps_per_epoch = 1.0
         if trains:
-            num_examples = len(self.train_source)
+            num_examples = self.num_examples["training"] = len(self.train_source)
             _check_batch(config, num_examples, mesh.size, mixes=self.mixes)
             self.steps_per_epoch = num_examples / config.batch_size
         epochs = config.epochs + config.cooldown_epochs

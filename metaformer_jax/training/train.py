@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from metaformer_jax.data.loader import DataError
-from metaformer_jax.training import settings
+from metaformer_jax.training import agreement, settings
 from metaformer_jax.training.checkpoint import Checkpoints, SaveError, set_aside_damaged
-from metaformer_jax.training.claim import check_shared, claimed_workdir, describe
+from metaformer_jax.training.claim import claimed_workdir, describe
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.evaluation import (
@@ -42,7 +41,6 @@ from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.convert import Variables
 from metaformer_jax.weights.outputs import check_can_be_written
-from metaformer_jax.weights.workdir import saved_steps
 
 # Most of a batch that a picture can show at a readable size.
 _MAX_PICTURED = 48
@@ -68,7 +66,8 @@ def train(
 
     Raises:
         ValueError: the config is wrong, the workdir belongs to another config or is not one folder
-            for all processes, or the pretrained weights or the checkpoint do not fit.
+            for all processes, these have other configs or data than each other, or the pretrained
+            weights or the checkpoint do not fit.
         FileNotFoundError: there are no pretrained weights at the path.
         DataError: too many images cannot be read.
         NonFiniteError: the loss or gradient became infinite or NaN.
@@ -81,12 +80,14 @@ def train(
     console.quiet = console.quiet or not is_first_process()
     directory = workdir / "checkpoints"
     preemption = Preemption()
-    preemption.goes_on_from(max(saved_steps(directory), default=0))
+    start_step = agreement.newest_step_of_first(directory)
+    preemption.goes_on_from(start_step)
     run = Run(config)
     # Whatever does not fit or is missing is reported before a workdir is created.
     if is_first_process() and config.wandb.project:
         import_wandb(config.wandb.project)
-    variables = {} if saved_steps(directory) else run.pretrained_variables()
+    variables = {} if start_step else run.pretrained_variables()
+    agreement.check_same(config, run.class_names, run.num_examples, variables)
     claimed = claimed_workdir(
         workdir,
         config,
@@ -95,15 +96,17 @@ def train(
         is_writer=is_first_process(),
     )
     with preemption, claimed:
-        check_shared(workdir)
+        agreement.check_shared(workdir)
         if is_first_process():
             for sentence in set_aside_damaged(directory):
                 console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
         if sentence := share_compiled_programs(workdir / "compiled"):
             console.print(sentence, highlight=False, soft_wrap=True)
-        multihost_utils.sync_global_devices("workdir claimed")
+        # The first process has set aside those that are damaged.
+        start_step = agreement.newest_step(directory)
         with Checkpoints(directory, keep=config.checkpoint.keep) as checkpoints:
-            evaluation = _Training(run, workdir, checkpoints, preemption, console).finish(variables)
+            training = _Training(run, workdir, checkpoints, preemption, console)
+            evaluation = training.finish(start_step, variables)
         if is_first_process():
             draw_curves(read_metrics(workdir), workdir / "curves.png")
             picture_misclassified(run, evaluation, workdir / "misclassified.png")
@@ -160,10 +163,9 @@ class _Training:
         )
         self.held_out = ""
 
-    def finish(self, variables: Variables) -> Evaluation:
+    def finish(self, start_step: int, variables: Variables) -> Evaluation:
         """Trains to the end, from the newest checkpoint or, without one, from these values."""
         run, engine = self._run, self._run.engine
-        start_step = self.checkpoints.latest_step() or 0
         for step, accuracy in read_accuracies(self.workdir).items():
             # Later ones belong to checkpoints that are gone.
             if step <= start_step:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import trainings
+from PIL import Image
 
 from metaformer_jax.exit_codes import PREEMPTED, TRAINING_FAILED, USAGE_ERROR
 
@@ -140,6 +141,38 @@ def test_two_processes_with_a_workdir_each_both_end_at_the_start(tmp_path):
         assert f"does not show for process 1 on {host}. Use a folder that all" in message
         assert "Traceback" not in errors[index]
     assert {path.name for path in tmp_path.glob("*/*")} == {"run.lock"}
+
+
+def test_two_processes_with_other_data_and_configs_both_end_at_the_start(tmp_path):
+    for index, num_training in enumerate((8, 7)):
+        for split, number in (("train", num_training), ("val", 2)):
+            folder = tmp_path / str(index) / split / "class"
+            folder.mkdir(parents=True)
+            for image in range(number):
+                Image.new("L", (8, 8), 10 * image).save(folder / f"{image}.png")
+    data = {"data.name": "folder", "data.mean": "(0.5,0.5,0.5)", "data.std": "(0.5,0.5,0.5)"}
+    few = {"batch_size": 4, "accumulation_steps": 1, "mixing.group_size": 1, "data.num_workers": 0}
+    processes = trainings.start_two(
+        tmp_path / "run",
+        f"--config.data.root={tmp_path / '0'}",
+        second_flags=(
+            f"--config.data.root={tmp_path / '1'}",
+            "--config.data.num_workers=1",
+            "--config.seed=7",
+        ),
+        arguments=trainings.ARGUMENTS | data | few,
+    )
+    with trainings.ended(*processes):
+        codes, _, errors = zip(
+            *(trainings.end(process, seconds=60) for process in processes), strict=True
+        )
+    assert codes == (USAGE_ERROR, USAGE_ERROR), errors
+    host = socket.gethostname()
+    for error in errors:
+        assert f"some have others than process 0 on {host}:\nprocess 1 on {host}:\n" in error
+        assert f"{host}:\n  seed: 0 -> 7\n  training examples: 8 -> 7\nStart all" in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

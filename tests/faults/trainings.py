@@ -146,7 +146,15 @@ def assert_same_run(workdir, expected):
     jax.tree.map(np.testing.assert_array_equal, state(workdir), state(expected))
 
 
-def start_two(workdir, *flags, second_workdir=None, num_devices=2, tampers=(None, None), **kwargs):
+def start_two(
+    workdir,
+    *flags,
+    second_workdir=None,
+    second_flags=(),
+    num_devices=2,
+    tampers=(None, None),
+    **kwargs,
+):
     """One training as two processes that speak on the loopback interface only."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -155,7 +163,7 @@ def start_two(workdir, *flags, second_workdir=None, num_devices=2, tampers=(None
     return [
         start(
             second_workdir if index and second_workdir else workdir,
-            *(*together, f"--process_id={index}", *flags),
+            *(*together, f"--process_id={index}", *flags, *(second_flags if index else ())),
             num_devices=num_devices,
             tamper={"keep": True} | (tamper or {}),
             # By default the first process would listen on every network.
