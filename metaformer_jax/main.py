@@ -68,7 +68,8 @@ _COMPILATION_CACHE = flags.DEFINE_bool(
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
     "accept_config_changes",
     False,
-    "Continue a run even if it was made with another config or other class names.",
+    "Continue a run even if it was made with another config, other class names or other numbers of "
+    "examples.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",

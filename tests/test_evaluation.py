@@ -194,6 +194,9 @@ def test_a_step_that_the_run_deletes_while_it_is_read_gives_way_to_the_next(live
     np.testing.assert_array_equal([last, average], [3 * scale, 30 * scale])
 
 
+_NUMBERS = {"evaluation": 10}
+
+
 @pytest.fixture
 def birds(tmp_path):
     """A run on class folders that keeps their names, and its config."""
@@ -204,7 +207,7 @@ def birds(tmp_path):
         folder = tmp_path / "val" / f"bird{index}"
         folder.mkdir(parents=True)
         Image.new("RGB", (32, 32), (25 * index,) * 3).save(folder / "a.png")
-    describe(tmp_path / "run", config, Run(config, trains=False).class_names)
+    describe(tmp_path / "run", config, Run(config, trains=False).class_names, _NUMBERS)
     return tmp_path / "run", config, tmp_path / "val"
 
 
@@ -218,11 +221,12 @@ def test_classes_of_other_names_are_refused_with_the_first_differences(birds):
     names = Run(config, trains=False).class_names
     with (
         pytest.raises(ValueError, match=differences),
-        claimed_workdir(workdir, config, names),
+        claimed_workdir(workdir, config, names, _NUMBERS),
     ):
         raise AssertionError
-    with claimed_workdir(workdir, config, names, accept_changes=True):
-        describe(workdir, config, names)
+    with claimed_workdir(workdir, config, names, _NUMBERS, accept_changes=True) as changes:
+        assert any("1: bird1 -> bird0" in change for change in changes)
+        describe(workdir, config, names, _NUMBERS)
     _evaluate(config, workdir)
 
 
@@ -230,7 +234,7 @@ def test_names_that_are_no_text_are_kept(birds, tmp_path):
     _, config, data = birds
     (data / "bird3").rename(data / os.fsdecode(b"\xff"))
     names = Run(config, trains=False).class_names
-    describe(tmp_path, config, names)
+    describe(tmp_path, config, names, _NUMBERS)
     check_same_classes(tmp_path, names)
 
 
@@ -240,8 +244,8 @@ def test_a_run_that_kept_no_names_goes_on_and_keeps_them(birds):
     (data / "bird3").rename(data / "aardvark")
     _evaluate(config, workdir)
     names = Run(config, trains=False).class_names
-    with claimed_workdir(workdir, config, names):
-        describe(workdir, config, names)
+    with claimed_workdir(workdir, config, names, _NUMBERS):
+        describe(workdir, config, names, _NUMBERS)
         assert json.loads((workdir / "class_names.json").read_text())[0] == "aardvark"
 
 

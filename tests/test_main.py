@@ -116,6 +116,7 @@ def test_training_from_the_command_line_with_overrides(tmp_path):
         "curves.png",
         "metrics.jsonl",
         "misclassified.png",
+        "num_examples.json",
         "run.lock",
         "tensorboard",
     }

@@ -75,6 +75,8 @@ def test_the_workdir_holds_checkpoints_metrics_events_and_pictures(finished):
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [12, 23]
     assert json.loads((workdir / "config.json").read_text())["model.family"] == "poolformerv2"
     assert json.loads((workdir / "class_names.json").read_text()) == [*"0123456789"]
+    numbers = json.loads((workdir / "num_examples.json").read_text())
+    assert numbers == {"training": 1442, "evaluation": 355}
     rows = read_metrics(workdir)
     train_steps = [row["step"] for row in rows if "train/loss" in row]
     assert train_steps == [4, 8, 12, 16, 20, 23]
@@ -334,8 +336,34 @@ def test_another_config_is_accepted_on_request(finished, tmp_path):
     copied = tmp_path / "copied"
     shutil.copytree(workdir, copied)
     _, output = _train(copied, _config(epochs=2.2), accept_config_changes=True)
+    assert "step 23 is epoch 2.04 of 2.2:\n  epochs: 2.0 -> 2.2\n" in output
     assert "continuing after step 23" in output
     assert [row["step"] for row in read_metrics(copied) if "train/loss" in row][-3:] == [23, 24, 25]
+
+
+def test_another_number_of_examples_is_refused_or_accepted_on_request(finished, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(finished[0], copied)
+    kept = copied / "num_examples.json"
+    kept.write_text('{"training": 1500, "evaluation": 355}')
+    change = "\n  training examples: 1500 -> 1442\n"
+    with pytest.raises(ValueError, match=f"same data, but .*{change}Use another --workdir"):
+        _train(copied)
+    kept.write_text('{"training": 15')
+    with pytest.raises(ValueError, match=r"num_examples.json must be the JSON that a run wrote"):
+        _train(copied)
+    kept.write_text('{"training": 1500, "evaluation": 355}')
+    _, output = _train(copied, accept_config_changes=True)
+    assert f"step 23 is epoch 2.04 of 2:{change}" in output
+    assert kept.read_bytes() == (finished[0] / "num_examples.json").read_bytes()
+
+
+def test_a_run_that_kept_no_numbers_of_examples_goes_on_and_keeps_them(finished, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(finished[0], copied)
+    (copied / "num_examples.json").unlink()
+    assert "finished: 23 steps are done" in _train(copied)[1]
+    assert (copied / "num_examples.json").exists()
 
 
 def test_a_start_that_is_refused_leaves_the_config_that_it_found(finished, tmp_path):

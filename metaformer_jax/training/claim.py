@@ -1,4 +1,4 @@
-"""Makes sure that a workdir is used by one config, and one run at a time."""
+"""Makes sure that a workdir is used by one config on the same data, and one run at a time."""
 
 import contextlib
 import datetime
@@ -12,8 +12,16 @@ from collections.abc import Iterator
 import ml_collections
 
 from metaformer_jax.training import settings
-from metaformer_jax.training.provenance import check_same_classes
-from metaformer_jax.weights.workdir import CLASS_NAMES, CONFIG, read_config, saved_steps
+from metaformer_jax.training.provenance import check_same_classes, class_changes
+from metaformer_jax.weights.errors import CheckpointError
+from metaformer_jax.weights.workdir import (
+    CLASS_NAMES,
+    CONFIG,
+    NUM_EXAMPLES,
+    read_config,
+    read_num_examples,
+    saved_steps,
+)
 
 try:
     import fcntl
@@ -28,34 +36,40 @@ def claimed_workdir(
     workdir: pathlib.Path,
     config: ml_collections.ConfigDict,
     class_names: tuple[str, ...],
+    num_examples: dict[str, int],
     *,
     accept_changes: bool = False,
     is_writer: bool = True,
-) -> Iterator[None]:
-    """Creates the folder, or checks that its checkpoints fit this config and these classes.
+) -> Iterator[list[str]]:
+    """Creates the folder, or checks that its checkpoints fit this config and this data.
 
     Within the context no other run can claim the folder. The operating system releases the claim
-    when the process ends, however that happens.
+    when the process ends, however that happens. The context gives a line for each accepted change.
 
     Args:
         workdir: the run's folder.
         config: of the run.
         class_names: of the data, by label.
+        num_examples: the numbers of examples by split.
         accept_changes: whether the checkpoints may have been made by another config or with other
-            class names.
+            class names or numbers of examples.
         is_writer: whether this process writes; all processes check the config, the writer locks.
 
     Raises:
-        ValueError: the checkpoints were made by another config or with other class names, and
+        ValueError: the checkpoints were made by another config or on other data, and
             `accept_changes` is not set; another run uses the folder; or it cannot be written to.
     """
+    changes: list[str] = []
     with contextlib.ExitStack() as lock:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             # Without a checkpoint there is nothing to continue, by whatever config.
-            if saved_steps(workdir / "checkpoints") and not accept_changes:
-                _check_same_config(workdir, config)
-                check_same_classes(workdir, class_names)
+            if saved_steps(workdir / "checkpoints"):
+                if accept_changes:
+                    changes = _accepted(workdir, config, class_names, num_examples)
+                else:
+                    _check_same_config(workdir, config, num_examples)
+                    check_same_classes(workdir, class_names)
             if is_writer:
                 lock.enter_context(_locked(workdir))
         except OSError as error:
@@ -63,17 +77,21 @@ def claimed_workdir(
                 f"`workdir` must be a folder that can be written to, got {str(workdir)!r}: "
                 f"{error.strerror}."
             ) from error
-        yield
+        yield changes
 
 
 def describe(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict, class_names: tuple[str, ...]
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    class_names: tuple[str, ...],
+    num_examples: dict[str, int],
 ) -> None:
-    """Writes the config and the class names to the workdir, for later starts to compare with.
+    """Writes what later starts compare with: config, class names and numbers of examples.
 
     To be called just before the first step, so that a failed start changes nothing.
     """
-    for name, content in ((CLASS_NAMES, class_names), (CONFIG, settings.as_json(config))):
+    contents = {CLASS_NAMES: class_names, NUM_EXAMPLES: num_examples}
+    for name, content in (contents | {CONFIG: settings.as_json(config)}).items():
         path = workdir / name
         part = path.with_suffix(".tmp")
         part.write_text(json.dumps(content, indent=2) + "\n")
@@ -121,12 +139,47 @@ def _described(content: bytes) -> str:
         return "another process trains in it"
 
 
-def _check_same_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    if not (theirs := read_config(workdir)):
-        return
-    if changes := settings.differences(theirs, settings.as_json(config)):
+def _check_same_config(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, num_examples: dict[str, int]
+) -> None:
+    if changes := _config_changes(workdir, config) + _examples_changes(workdir, num_examples):
         raise ValueError(
-            f"`workdir` must be new or made by the same config, but {str(workdir)!r} was made "
-            "with other values:\n" + "\n".join(changes) + "\nUse another --workdir, or continue "
-            "this one with the new values by --accept_config_changes."
+            f"`workdir` must be new or made by the same config on the same data, but "
+            f"{str(workdir)!r} was made with other values:\n" + "\n".join(changes) + "\nUse "
+            "another --workdir, or continue this one with the new values by "
+            "--accept_config_changes."
         )
+
+
+def _accepted(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    class_names: tuple[str, ...],
+    num_examples: dict[str, int],
+) -> list[str]:
+    changes = []
+    for compare in (
+        lambda: _config_changes(workdir, config),
+        lambda: _examples_changes(workdir, num_examples),
+        lambda: class_changes(workdir, class_names),
+    ):
+        try:
+            changes += compare()
+        # A damaged file is written anew.
+        except CheckpointError as error:
+            changes.append(f"  {error}")
+    return changes
+
+
+def _config_changes(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:
+    theirs = read_config(workdir)
+    return settings.differences(theirs, settings.as_json(config)) if theirs else []
+
+
+def _examples_changes(workdir: pathlib.Path, num_examples: dict[str, int]) -> list[str]:
+    theirs = read_num_examples(workdir)
+    if not theirs:
+        return []
+    return settings.differences(
+        *({f"{split} examples": n for split, n in of.items()} for of in (theirs, num_examples))
+    )

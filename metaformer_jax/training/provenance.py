@@ -51,19 +51,24 @@ def check_same_classes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> N
     Raises:
         ValueError: they differ, so that a label would mean another class.
     """
+    if changes := class_changes(workdir, class_names):
+        raise ValueError(
+            f"`data` must have the classes that the run in {str(workdir)!r} was trained on, got "
+            "others:\n" + "\n".join(changes) + "\nBring them back. If these are other names of "
+            "the same classes, train on with --accept_config_changes, which keeps them; or "
+            "evaluate by config.model.pretrained in place of --workdir."
+        )
+
+
+def class_changes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> list[str]:
+    """A line for each of the first classes that differ from those that the run kept."""
     theirs = read_class_names(workdir)
     if theirs in (class_names, None):
-        return
+        return []
     pairs = itertools.zip_longest(theirs, class_names, fillvalue="(absent)")
     changes = [f"  {label}: {old} -> {new}" for label, (old, new) in enumerate(pairs) if old != new]
     more = len(changes) - _MAX_NAMED
-    shown = [*changes[:_MAX_NAMED], *([f"  and {more:,} more"] if more > 0 else [])]
-    raise ValueError(
-        f"`data` must have the classes that the run in {str(workdir)!r} was trained on, got "
-        "others:\n" + "\n".join(shown) + "\nBring them back. If these are other names of "
-        "the same classes, train on with --accept_config_changes, which keeps them; or "
-        "evaluate by config.model.pretrained in place of --workdir."
-    )
+    return [*changes[:_MAX_NAMED], *([f"  and {more:,} more"] if more > 0 else [])]
 
 
 def _compare(

@@ -57,17 +57,18 @@ def train(
 ) -> Evaluation:
     """Trains what the config describes, or continues from the workdir's last checkpoint.
 
-    The workdir gets `checkpoints/`, `config.json`, `class_names.json`, `metrics.jsonl`,
-    `tensorboard/`, `curves.png` and `misclassified.png`. If there are several processes, all of
-    them must see it; only the first one writes, and their compiled programs are in `compiled/`.
+    The workdir gets `checkpoints/`, `config.json`, `class_names.json`, `num_examples.json`,
+    `metrics.jsonl`, `tensorboard/`, `curves.png` and `misclassified.png`. If there are several
+    processes, all of them must see it; only the first one writes, and their compiled programs are
+    in `compiled/`.
 
     Returns:
         The evaluation of the last parameters, or of their moving average if there is one.
 
     Raises:
-        ValueError: the config is wrong, the workdir belongs to another config or is not one folder
-            for all processes, these have other configs or data than each other, or the pretrained
-            weights or the checkpoint do not fit.
+        ValueError: the config is wrong, the workdir belongs to another config or data or is not one
+            folder for all processes, these have other configs or data than each other, or the
+            pretrained weights or the checkpoint do not fit.
         FileNotFoundError: there are no pretrained weights at the path.
         DataError: too many images cannot be read.
         NonFiniteError: the loss or gradient became infinite or NaN.
@@ -92,10 +93,11 @@ def train(
         workdir,
         config,
         run.class_names,
+        run.num_examples,
         accept_changes=accept_config_changes,
         is_writer=is_first_process(),
     )
-    with preemption, claimed:
+    with preemption, claimed as changes:
         agreement.check_shared(workdir)
         if is_first_process():
             for sentence in set_aside_damaged(directory):
@@ -104,6 +106,15 @@ def train(
             console.print(sentence, highlight=False, soft_wrap=True)
         # The first process has set aside those that are damaged.
         start_step = agreement.newest_step(directory)
+        if changes:
+            console.print(
+                f"warning: continuing with other values, by which step {start_step:,} is epoch "
+                f"{start_step / run.steps_per_epoch:.2f} of "
+                f"{config.epochs + config.cooldown_epochs:g}:\n" + "\n".join(changes),
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
         with Checkpoints(directory, keep=config.checkpoint.keep) as checkpoints:
             training = _Training(run, workdir, checkpoints, preemption, console)
             evaluation = training.finish(start_step, variables)
@@ -256,7 +267,8 @@ class _Training:
 
     def _keep_description(self) -> None:
         if is_first_process():
-            describe(self.workdir, self.config, self._run.class_names)
+            run = self._run
+            describe(self.workdir, run.config, run.class_names, run.num_examples)
 
     def _save(
         self, step: int, state: TrainState, pending: PendingMetrics, writer: MetricWriter

@@ -17,6 +17,7 @@ from metaformer_jax.weights.integrity import verify
 CONFIG = "config.json"
 # Names of the classes, by label.
 CLASS_NAMES = "class_names.json"
+NUM_EXAMPLES = "num_examples.json"
 _CHECKPOINTS = "checkpoints"
 # What Orbax writes into the folder of a step when all else is there.
 ORBAX_STEP_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -81,6 +82,20 @@ def read_class_names(path: pathlib.Path) -> tuple[str, ...] | None:
     remedy = "remove it if the classes of the data are still the same"
     names = _read_json(path / CLASS_NAMES, are_names, remedy)
     return None if names is None else tuple(names)
+
+
+def read_num_examples(path: pathlib.Path) -> dict[str, int]:
+    """The numbers of examples by split that the run wrote; {} if it kept none, as older ones.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+
+    def are_numbers(numbers: Any) -> bool:
+        return isinstance(numbers, dict) and all(type(n) is int for n in numbers.values())
+
+    remedy = "remove it if the data is still the same"
+    return _read_json(path / NUM_EXAMPLES, are_numbers, remedy) or {}
 
 
 def _read_json(file: pathlib.Path, is_right: Callable[[Any], bool], remedy: str) -> Any:

@@ -30,7 +30,7 @@ def test_a_moved_run_stops_with_its_last_step_saved_and_continues_where_it_is(
     assert f"{workdir} was moved or removed" in message
     assert f"Step {step} is saved in a new folder" in message
     verify_checkpoint(workdir / "checkpoints" / str(step))
-    for name in ("config.json", "class_names.json"):
+    for name in ("config.json", "class_names.json", "num_examples.json"):
         assert (workdir / name).read_bytes() == (moved / name).read_bytes()
     assert trainings.saved_steps(moved)[-1] < step
     trainings.finish(trainings.start(moved))
