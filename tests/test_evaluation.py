@@ -14,8 +14,9 @@ from flax import nnx
 from PIL import Image
 from rich.console import Console
 
+from metaformer_jax.data.loader import Batches, DataError
 from metaformer_jax.inference import load_classifier
-from metaformer_jax.training import evaluation, settings
+from metaformer_jax.training import evaluation, recipes, settings
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.claim import claimed_workdir, describe
 from metaformer_jax.training.evaluation import evaluate, evaluate_state
@@ -36,10 +37,11 @@ def test_only_what_is_there_counts_and_five_ranks_are_the_top():
         "prediction": ranks,
         "probability": ranks / 10,
         "label": np.arange(8),
-        "index": np.arange(8) + 10,
+        "index": np.minimum(np.arange(8), 4),
     }
     halves = [{key: column[part] for key, column in outputs.items()} for part in np.s_[:4, 4:]]
     run = types.SimpleNamespace(
+        config=recipes.digits(),
         eval_source=range(5),
         eval_batch_size=4,
         evaluation_batches=lambda: contextlib.nullcontext(halves),
@@ -49,8 +51,21 @@ def test_only_what_is_there_counts_and_five_ranks_are_the_top():
     assert evaluation.accuracy == pytest.approx(1 / 5)
     assert evaluation.top5_accuracy == pytest.approx(3 / 5)
     assert evaluation.loss == pytest.approx(3.0)
-    assert evaluation.indices.tolist() == [10, 11, 12, 13, 14]
+    assert evaluation.indices.tolist() == [0, 1, 2, 3, 4]
     assert str(evaluation) == "accuracy 20.00% (1 of 5)  top-5 60.00% (3 of 5)  loss 3.0000"
+
+
+def test_bad_images_count_together_whichever_process_met_them(birds, monkeypatch):
+    workdir, config, data = birds
+    for bird in ("bird3", "bird8"):
+        (data / bird / "a.png").write_bytes(b"")
+    config.data.max_bad_fraction = 0.1
+    # As if each of them was the only one in the share of its process.
+    monkeypatch.setattr(Batches, "_note_bad", lambda *_: None)
+    with pytest.raises(DataError, match=r"(?s)At most 1 of 10 .*got 2:\n.*bird3.*\n.*bird8"):
+        _evaluate(config, workdir)
+    config.data.max_bad_fraction = 0.2
+    assert "of 8)" in _evaluate(config, workdir)[1]
 
 
 @pytest.fixture(scope="module")

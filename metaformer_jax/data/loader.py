@@ -5,7 +5,8 @@ a step is the same in every run, on any number of processes, workers and threads
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypedDict
 
 import grain
@@ -20,6 +21,7 @@ from metaformer_jax.data.workers import Chunk, Chunks, LocalChunks, WorkerDiedEr
 _MAX_CHUNK = 16
 # Bad examples in a row before the data set is given up.
 _MAX_NEIGHBOURS = 100
+_MAX_NAMED = 20
 
 TrainTransform = Callable[[bytes, np.random.Generator], UInt8[np.ndarray, "h w c"]]
 EvalTransform = Callable[[bytes], UInt8[np.ndarray, "h w c"]]
@@ -128,7 +130,7 @@ class Batches(Iterator[Batch]):
         self.bad: dict[int, str] = {}
         self._source = source
         self._chunks_per_batch = share.size // share.chunk_size
-        self._max_bad = max_bad_fraction * len(source)
+        self._max_bad_fraction = max_bad_fraction
         self._chunks: WorkerPool | LocalChunks = (
             WorkerPool(chunks, num_workers=workers.num_workers, num_threads=workers.num_threads)
             if workers.num_workers
@@ -162,12 +164,37 @@ class Batches(Iterator[Batch]):
         for index in bad[bad >= 0].tolist():
             if index not in self.bad:
                 self.bad[index] = _why_bad(self._source, index)
-        if len(self.bad) > self._max_bad:
-            shown = [f"  {reason}" for reason in list(self.bad.values())[:20]]
-            raise DataError(
-                f"At most {int(self._max_bad)} of {len(self._source)} examples may be bad "
-                f"(`data.max_bad_fraction`), got {len(self.bad)}:\n" + "\n".join(shown)
-            )
+        check_few_bad(
+            self._source, [*self.bad], self._max_bad_fraction, why_bad=self.bad.__getitem__
+        )
+
+
+def check_few_bad(
+    source: Source,
+    bad: Sequence[int],
+    max_bad_fraction: float,
+    *,
+    why_bad: Callable[[int], str] | None = None,
+) -> None:
+    """Makes sure that no more of a source's examples are bad than may be.
+
+    Args:
+        source: the examples.
+        bad: the places in it of those that cannot be read.
+        max_bad_fraction: part of the source's examples that may turn out bad.
+        why_bad: says what ails one of them; by default it is read once more.
+
+    Raises:
+        DataError: more are bad.
+    """
+    max_bad = max_bad_fraction * len(source)
+    if len(bad) > max_bad:
+        why_bad = why_bad or functools.partial(_why_bad, source)
+        raise DataError(
+            f"At most {int(max_bad)} of {len(source)} examples may be bad "
+            f"(`data.max_bad_fraction`), got {len(bad)}:\n"
+            + "\n".join(f"  {why_bad(index)}" for index in bad[:_MAX_NAMED])
+        )
 
 
 def training_batches(

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from metaformer_jax.data.loader import check_few_bad
 from metaformer_jax.training import agreement
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
@@ -84,6 +85,8 @@ def evaluate_state(
 
     Raises:
         StoppedError: the evaluation was stopped.
+        DataError: too many images cannot be read; with several processes in all of them, unless
+            one has met too many by itself.
     """
     num_batches = -(-len(run.eval_source) // run.eval_batch_size)
     with (
@@ -102,6 +105,9 @@ def evaluate_state(
         outputs = jax.device_get(outputs)
     columns = {key: np.concatenate([output[key] for output in outputs]) for key in outputs[0]}
     present = {key: column[columns["mask"]] for key, column in columns.items()}
+    # Each process counts only the bad images of its own share.
+    missing = np.setdiff1d(np.arange(len(run.eval_source)), present["index"]).tolist()
+    check_few_bad(run.eval_source, missing, run.config.data.max_bad_fraction)
     return Evaluation(
         accuracy=float(np.mean(present["rank"] == 0)),
         top5_accuracy=float(np.mean(present["rank"] < _TOP)),
