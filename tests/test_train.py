@@ -1,6 +1,7 @@
 """A run from a config: what it leaves behind, and that an interrupted one becomes the same."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event
 from metaformer_jax.data.device import normalize
 from metaformer_jax.models import MetaFormer
 from metaformer_jax.training import evaluation, recipes, train
-from metaformer_jax.training.checkpoint import Checkpoints
+from metaformer_jax.training.checkpoint import Checkpoints, SaveError
 from metaformer_jax.training.feeding import PlacedBatches
 from metaformer_jax.training.guard import NonFiniteError
 from metaformer_jax.training.metrics import MetricWriter, read_metrics
@@ -29,6 +30,7 @@ from metaformer_jax.training.preemption import PreemptedError
 from metaformer_jax.training.run import Run
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.pretrained import build_abstract, fill
+from metaformer_jax.weights.workdir import saved_steps
 from metaformer_jax.weights.write import write_variables
 
 
@@ -291,6 +293,41 @@ def test_a_run_told_to_end_saves_and_goes_on_bit_for_bit(finished, tmp_path, mon
     _, output = _train(tmp_path)
     assert "continuing after step 10" in output
     _assert_same_run(tmp_path, finished[0], _config())
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_checkpoint_that_could_not_be_written_is_noticed_and_saved_again_if_possible(
+    times, finished, tmp_path, monkeypatch
+):
+    rename, check, left = os.rename, Checkpoints.check, [times]
+
+    def without_space(source, target):
+        if os.path.basename(target).isdecimal() and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device", target)
+        rename(source, target)
+
+    def check_what_is_done(checkpoints):
+        while checkpoints._manager.is_saving_in_progress():
+            os.sched_yield()
+        check(checkpoints)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", without_space)
+        patched.setattr(Checkpoints, "check", check_what_is_done)
+        with pytest.raises(SaveError, match="No space left on device") as raised:
+            _train(tmp_path)
+    # The checkpoint of step 12 failed, and the next one was due after step 23.
+    assert [row["step"] for row in read_metrics(tmp_path) if "train/loss" in row][-1] == 16
+    saved = saved_steps(tmp_path / "checkpoints")
+    if times == 1:
+        assert str(raised.value).endswith("continues. Step 16 could be saved after that.")
+        assert saved == [16]
+        _train(tmp_path)
+        mine, expected = (_restore(workdir, _config()) for workdir in (tmp_path, finished[0]))
+        jax.tree.map(np.testing.assert_array_equal, mine, expected)
+    else:
+        assert not saved
 
 
 def test_the_best_stays_though_its_evaluation_was_broken_off(tmp_path, monkeypatch):

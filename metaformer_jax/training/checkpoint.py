@@ -134,6 +134,15 @@ class Checkpoints:
         """Records the accuracy of a checkpoint, saved in this or an earlier start of the run."""
         self._best.accuracies[step] = accuracy
 
+    def check(self) -> None:
+        """Raises what went wrong in writing the last one, if that is known; waits for nothing.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Waits until everything is written.
 

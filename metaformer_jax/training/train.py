@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +234,8 @@ class _Training:
                 pending.add(step, metrics, num_replaced=batches.num_replaced)
                 progress.update(step)
                 saves = run.is_due(config.checkpoint.every_epochs, step)
-                if step % config.log_every_steps == 0 or step == total_steps:
+                is_logged = step % config.log_every_steps == 0 or step == total_steps
+                if is_logged:
                     row = pending.take()
                     row["learning_rate"] = float(run.schedule(step - 1))
                     speed = progress.speed(step)
@@ -243,6 +244,8 @@ class _Training:
                 if saves:
                     # Before the evaluation: if that fails, no training is lost.
                     self._save(step, state, pending, writer)
+                elif is_logged:
+                    self._check_saved(step, state, pending, writer)
                 stopped = False
                 if saves or run.is_due(config.eval_every_epochs, step):
                     with progress.paused():
@@ -275,11 +278,40 @@ class _Training:
     ) -> None:
         try:
             self.checkpoints.save(state, pending.to_host(), self.config)
-        except SaveError:
-            if jax.process_count() > 1 or not writer.has_lost_its_folder():
-                raise
-            # What failed was the one before, on its way into the folder that is gone.
+        except SaveError as error:
+            self._save_after(error, step, state, pending, writer)
+        self._check_folder(step, writer)
+
+    def _check_saved(
+        self, step: int, state: TrainState, pending: PendingMetrics, writer: MetricWriter
+    ) -> None:
+        """Notices that the last checkpoint was not written, long before the next one is due."""
+        try:
+            self.checkpoints.check()
+        except SaveError as error:
+            self._save_after(error, step, state, pending, writer)
+
+    def _save_after(
+        self,
+        error: SaveError,
+        step: int,
+        state: TrainState,
+        pending: PendingMetrics,
+        writer: MetricWriter,
+    ) -> NoReturn:
+        """Saves what is trained by now, if what went wrong has passed, and ends the run."""
+        # The others know nothing of it.
+        if jax.process_count() > 1:
+            raise error
+        try:
             self.checkpoints.save(state, pending.to_host(), self.config)
+            self.checkpoints.wait()
+        except SaveError:
+            raise error from None
+        self._check_folder(step, writer)
+        raise SaveError(f"{error} Step {step:,} could be saved after that.") from error
+
+    def _check_folder(self, step: int, writer: MetricWriter) -> None:
         if not writer.has_lost_its_folder():
             return
         # The checkpoint has made the folder anew.
