@@ -19,7 +19,7 @@ for _page, _language, _text in blocks():
     if _language == "bash":
         BLOCKS.setdefault(_page, []).append(_text)
 # The shell's own; what they do is looked at by itself.
-OF_THE_SHELL = ("test", "break", "done")
+OF_THE_SHELL = ("test", "break", "case", "done")
 # A page's commands go on where those of another, of this number, ended.
 FOLLOWS = {"docs/training.md": ("docs/tpu.md", 1), "docs/using.md": ("README.md", 1)}
 # Some of what is there afterwards.
@@ -127,7 +127,10 @@ def test_a_mistake_in_one_would_show(text, shell):
         run(shell, text, shell.place("README.md"))
 
 
-@pytest.mark.parametrize(("codes", "starts"), [("75 137 1 0 0", 4), ("75 2 0", 2)])
+@pytest.mark.parametrize(
+    ("codes", "starts"),
+    [("75 137 1 0 0", 4), ("75 2 0", 2), ("130 0", 1), ("1 134 1 1 1 75 1 1 1 1 1 1 0", 11)],
+)
 def test_the_loop_of_starts_ends_when_the_training_or_the_command_does(codes, starts, shell):
     (loop,) = (text for text in BLOCKS["docs/tpu.md"] if text.startswith("until"))
     ends = f"codes=({codes}); starts=0; python() {{ return ${{codes[starts++]}}; }}"
