@@ -138,7 +138,7 @@ def check_shared(workdir: pathlib.Path) -> None:
             f"{jax.process_index()} on {socket.gethostname()}; what the first process writes in "
             "its own does not show for "
             f"{', '.join([*blind[:_MAX_NAMED], *_more(blind)])}. Use a folder that all hosts "
-            "share: NFS, Filestore, a mounted bucket."
+            "share: NFS or Filestore, for example."
         )
 
 

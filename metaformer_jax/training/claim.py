@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import socket
+import tempfile
 import warnings
 from collections.abc import Iterator
 
@@ -57,7 +58,8 @@ def claimed_workdir(
 
     Raises:
         ValueError: the checkpoints were made by another config or on other data, and
-            `accept_changes` is not set; another run uses the folder; or it cannot be written to.
+            `accept_changes` is not set; another run uses the folder; it cannot be written to; or
+            folders in it cannot be renamed.
     """
     changes: list[str] = []
     with contextlib.ExitStack() as lock:
@@ -72,6 +74,7 @@ def claimed_workdir(
                     check_same_classes(workdir, class_names)
             if is_writer:
                 lock.enter_context(_locked(workdir))
+                _check_renames_folders(workdir)
         except OSError as error:
             raise ValueError(
                 f"`workdir` must be a folder that can be written to, got {str(workdir)!r}: "
@@ -129,6 +132,23 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_renames_folders(workdir: pathlib.Path) -> None:
+    """Checkpoints get their final name when they are whole; buckets often have no such thing."""
+    with tempfile.TemporaryDirectory(prefix="run-", dir=workdir) as folder:
+        source = pathlib.Path(folder, "part")
+        (source / "state").mkdir(parents=True)
+        (source / "state" / "file").touch()
+        try:
+            os.rename(source, source.with_name("whole"))
+        except OSError as error:
+            raise ValueError(
+                "`workdir` must be in a file system that renames folders, as checkpoints are when "
+                f"they are whole, got {str(workdir)!r}: {error.strerror}. Mount a bucket with a "
+                "hierarchical namespace, or set gcsfuse's rename-dir-limit to more than the files "
+                "of a checkpoint; or use another file system."
+            ) from error
 
 
 def _described(content: bytes) -> str:
