@@ -146,7 +146,9 @@ def _number(name: str) -> int:
 def _may_be_in_slice() -> bool:
     """Whether TPUs of Google Cloud may be attached; elsewhere nothing answers about them."""
     # JAX sets the first where it finds no TPU. Google's network cards have its number as well.
-    if "TPU_SKIP_MDS_QUERY" in os.environ or "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
+    if "TPU_SKIP_MDS_QUERY" in os.environ or "tpu" not in (
+        os.environ.get("JAX_PLATFORMS") or "tpu"
+    ):
         return False
     for vendor in _PCI_DEVICES.glob("*/vendor"):
         with contextlib.suppress(OSError):
