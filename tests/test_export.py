@@ -68,12 +68,13 @@ def test_a_stablehlo_file_runs_elsewhere_for_any_number_of_images(tmp_path, caps
     assert result.stdout.strip() == f"('cpu', 'cuda', 'tpu') {label} False"
 
 
-def small_model(family):
+def small_model(family, depths=(1, 1, 1, 1), **settings):
     model = MetaFormer(
-        FAMILIES[family].spec(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64)),
+        FAMILIES[family].spec(depths=depths, dims=(8, 16, 32, 64)),
         num_classes=5,
         image_size=32,
         rngs=nnx.Rngs(0),
+        **settings,
     )
     rng = np.random.default_rng(0)
     for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -82,13 +83,11 @@ def small_model(family):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_onnx_file_gives_the_models_logits_for_any_number_of_images(family, caplog):
+def check_onnx(model, error=1e-5):
+    """The file of a model, in ONNX Runtime, gives the model's logits."""
     pytest.importorskip("jax2onnx", reason=NO_ONNX)
     runtime = pytest.importorskip("onnxruntime", reason=NO_ONNX)
-    model = small_model(family)
     session = runtime.InferenceSession(artefacts.export_onnx(model))
-    assert caplog.records == []
     (given,), (answered,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.shape) == ("images", ["batch", 32, 32, 3])
     assert (answered.name, answered.shape) == ("logits", ["batch", 5])
@@ -96,7 +95,37 @@ def test_an_onnx_file_gives_the_models_logits_for_any_number_of_images(family, c
     expected = nnx.jit(lambda model, x: model(x))(model, images)
     for size in (3, 1):
         (logits,) = session.run(["logits"], {"images": images[:size]})
-        assert reference.relative_error(logits, expected[:size]) < 1e-5
+        assert reference.relative_error(logits, expected[:size]) < error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_onnx_file_gives_the_models_logits_for_any_number_of_images(family, caplog):
+    check_onnx(small_model(family))
+    assert caplog.records == []
+
+
+# What the libraries that write ONNX files do not know.
+NOT_PLAIN = ("scan[", "remat", "checkpoint", "cond[", "platform_index", "custom_vjp")
+
+
+def check_plain(model):
+    """The program that is exported to ONNX has plain operations alone, and the same values."""
+    plain = artefacts._in_plain_operations(nnx.clone(model))
+    images = reference.images(2, 32, 32)
+    program = str(jax.make_jaxpr(lambda images: plain(images))(images))
+    assert [name for name in NOT_PLAIN if name in program] == []
+    expected = nnx.jit(lambda model, x: model(x))(model, images)
+    assert reference.relative_error(jax.jit(lambda x: plain(x))(images), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_onnx_file_is_made_of_plain_operations(family):
+    check_plain(small_model(family))
+
+
+@pytest.mark.parametrize("check", [check_plain, check_onnx])
+def test_loops_and_recomputation_are_no_part_of_an_onnx_file(check):
+    check(small_model("convformer", depths=(1, 3, 1, 1), scan=1, remat="block"))
 
 
 def test_a_model_in_training_mode_is_exported_as_it_evaluates():

@@ -207,6 +207,8 @@ def _in_plain_operations(model: MetaFormer) -> MetaFormer:
     for _, module in nnx.iter_modules(model):
         if type(module) in plain:
             object.__setattr__(module, "__class__", plain[type(module)])
+    # Of a loop over blocks it would write a file that no runtime loads.
+    model.scan, model.remat = 0, "none"
     return model
 
 
