@@ -101,6 +101,24 @@ def test_what_a_mixer_keeps_to_itself_counts_too():
     np.testing.assert_allclose(_outputs(looped), _outputs(written), rtol=1e-5, atol=1e-6)
 
 
+def test_arrays_that_a_mixer_holds_are_stacked_too():
+    class Weigh(nnx.Module):
+        def __init__(self, dim, *, resolution, dtype, rngs, calls):
+            weights = np.linspace(-1, 1, dim, dtype=np.float32) * next(calls)
+            self.numpys, self.jaxs = weights, jnp.sin(weights)
+            self.contained = nnx.data({"weights": np.cos(weights)})
+
+        def __call__(self, x):
+            return x * self.numpys + self.jaxs - self.contained["weights"]
+
+    mixers = [functools.partial(Weigh, calls=itertools.count(1)) for _ in range(2)]
+    looped, written = (_model(mixers[scan], models.Pooling, scan=scan) for scan in (1, 0))
+    for model in (looped, written):
+        model.eval()
+    assert str(jax.make_jaxpr(looped)(_images())).count("scan[") == 2
+    np.testing.assert_allclose(_outputs(looped), _outputs(written), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("remat", models.stages.REMAT[1:])
 def test_what_is_computed_anew_draws_masks_from_a_models_own_streams(remat):
     model = _model(remat=remat, scan=0)

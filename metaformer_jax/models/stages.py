@@ -115,13 +115,14 @@ def _description(block: Any) -> Any:
         static = {
             name: value
             for name, value in vars(part).items()
-            if not isinstance(value, nnx.Pytree | nnx.Variable | jax.Array)
+            # Arrays, also those in a dict, are in the state.
+            if not any(map(nnx.is_data, jax.tree.leaves(value, is_leaf=nnx.is_data)))
             and not name.startswith("_pytree")
             and not (isinstance(part, Dropout) and name == "rate")
         }
         parts.append((path, type(part), static))
     flat, structure = jax.tree.flatten(nnx.state(block))
-    return parts, structure, [(leaf.shape, leaf.dtype) for leaf in flat]
+    return parts, structure, [jax.typeof(leaf) for leaf in flat]
 
 
 def _dropouts(block: Any) -> list[Dropout]:
