@@ -90,6 +90,30 @@ def test_weights_are_constants_on_one_cpu_and_arguments_on_several_devices(
     assert num_arguments == [1, 1 + len(jax.tree.leaves(state))]
 
 
+@pytest.mark.parametrize("num_images", [2, 3])
+def test_it_answers_on_the_device_of_the_images(model, monkeypatch, num_images):
+    monkeypatch.setattr(cores, "num_cores", lambda: 2)
+    images = np.random.default_rng(0).standard_normal((num_images, 32, 32, 3), np.float32)
+    answer = jit_inference(model)
+    for device in jax.devices()[:2]:
+        answered = answer(jax.device_put(images, device))
+        assert answered.devices() == {device}
+        np.testing.assert_allclose(answered, expected(model, images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_images", [2, 3])
+def test_it_answers_on_the_device_that_weights_are_bound_to(model, monkeypatch, num_images):
+    monkeypatch.setattr(cores, "num_cores", lambda: 2)
+    images = np.random.default_rng(0).standard_normal((num_images, 32, 32, 3), np.float32)
+    device = jax.devices()[1]
+    graphdef, state = nnx.split(model)
+    answer = jit_inference(nnx.merge(graphdef, jax.device_put(state, device)))
+    for given in (images, jnp.asarray(images)):
+        answered = answer(given)
+        assert answered.devices() == {device}
+        np.testing.assert_allclose(answered, expected(model, images), rtol=1e-5, atol=1e-6)
+
+
 def test_it_may_be_a_part_of_a_larger_program(model, images):
     answer = jit_inference(model)
     loss, gradient = jax.jit(jax.value_and_grad(lambda images: answer(images).sum()))(images)

@@ -35,8 +35,9 @@ class InParts:
         """
         self._jitted = jitted
         self._fixed = fixed
-        # By the number of the trace, which is kept with it so that no other gets this number.
-        self._programs: dict[int, tuple[Any, Callable[..., Any]]] = {}
+        # By the number of the trace, which is kept with it so that no other gets this number, and
+        # by device: a program runs on that for which it was compiled.
+        self._programs: dict[tuple[int, frozenset[Any]], tuple[Any, Callable[..., Any]]] = {}
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """What the function returns.
@@ -68,16 +69,18 @@ class InParts:
         # Whatever it is: the call with the whole batch raises it with the shape that was given.
         except Exception:
             return None
-        if id(traced.jaxpr) not in self._programs:
-            size = jax.tree.leaves((inputs, named))[0].shape[0]
+        leaves = jax.tree.leaves((inputs, named))
+        key = id(traced.jaxpr), frozenset(device for leaf in leaves for device in leaf.devices())
+        if key not in self._programs:
+            size = leaves[0].shape[0]
             for result in jax.tree.leaves(traced.out_info):
                 if result.shape[:1] != (size,):
                     raise ValueError(
                         "`function` must return arrays with the images along their first axis, "
                         f"got shape {result.shape} for {size} images. Give per_image=False."
                     )
-            self._programs[id(traced.jaxpr)] = (traced.jaxpr, traced.lower().compile())
-        return self._programs[id(traced.jaxpr)][1]
+            self._programs[key] = (traced.jaxpr, traced.lower().compile())
+        return self._programs[key][1]
 
 
 def _num_parts(leaves: list[Any]) -> int:

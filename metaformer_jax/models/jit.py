@@ -111,6 +111,7 @@ def jit_inference(
         )
         if per_image:
             jitted = InParts(jitted)
+        jitted = _at_weights(leaves, jitted)
     else:
         jitted = functools.partial(
             jax.jit(answer, compiler_options=compiler_options(platforms[0])), leaves
@@ -127,6 +128,27 @@ def jit_inference(
         return jitted(*inputs, **named)
 
     return answer_jitted
+
+
+def _at_weights(leaves: list[Any], jitted: Callable[..., Any]) -> Callable[..., Any]:
+    """`jitted`, of which these weights are constants, on their device if they are bound to one.
+
+    Constants do not tell JAX where to run, arguments do.
+    """
+    bound = [leaf.sharding for leaf in leaves if isinstance(leaf, jax.Array) and leaf.committed]
+    if not bound:
+        return jitted
+
+    def place(given: Any) -> Any:
+        # Images that are bound to a device are answered there.
+        is_bound = isinstance(given, jax.Array) and given.committed
+        return given if is_bound else jax.device_put(given, bound[0])
+
+    def answer(*inputs: Any, **named: Any) -> Any:
+        inputs, named = jax.tree.map(place, (inputs, named))
+        return jitted(*inputs, **named)
+
+    return answer
 
 
 def _is_traced(tree: Any) -> bool:
