@@ -71,6 +71,14 @@ def test_the_model_is_not_changed_and_may_be_changed_afterwards(model, images):
     assert np.abs(called(model, images) - expected(model, images)).max() > 0.01
 
 
+def test_the_models_buffers_may_be_donated_afterwards(model, images):
+    answer = jit_inference(model)
+    before = answer(images)
+    jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)(nnx.state(model))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
+    np.testing.assert_array_equal(answer(images), before)
+
+
 def test_it_takes_any_function_of_the_model(model, images):
     stages = jit_inference(model, MetaFormer.features)(images)
     model.eval()

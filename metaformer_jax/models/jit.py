@@ -64,7 +64,10 @@ def jit_inference(
     weights are arguments and the batch stays whole, as usual.
 
     Args:
-        model: is not changed; later changes to it have no effect. It runs in evaluation mode.
+        model: is not changed; later changes to it have no effect. It runs in evaluation mode. Its
+            arrays are not copied: where they are donated to a program later, only shapes that were
+            compiled before still work, and those on CPUs alone. Give
+            `jax.tree.map(jnp.copy, model)` if a training that donates them goes on.
         function: called with a model and the arguments of the returned function, such as
             `metaformer_jax.MetaFormer.features`; by default calls the model.
         per_image: whether the function returns, for each image of a batch, what depends on this
@@ -118,7 +121,8 @@ def jit_inference(
         )
 
     numbers = (leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
-    smallest = sorted(numbers, key=lambda leaf: leaf.size)[:1]
+    # A copy, because the weights may be donated to a program before the next call.
+    smallest = [jnp.copy(leaf) for leaf in sorted(numbers, key=lambda leaf: leaf.size)[:1]]
 
     def answer_jitted(*inputs: Any, **named: Any) -> Any:
         # Inside a traced program a negation is traced even if no input is. It is taken of a number
