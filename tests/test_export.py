@@ -1,5 +1,6 @@
 """Exported files give the model's answers, without the model's code."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,7 +16,18 @@ from flax import nnx
 
 from metaformer_jax import export
 from metaformer_jax.inference import artefacts
-from metaformer_jax.models import FAMILIES, MetaFormer, without_kernels
+from metaformer_jax.models import (
+    FAMILIES,
+    Attention,
+    IdentityMixing,
+    MetaFormer,
+    MetaFormerSpec,
+    Pooling,
+    RandomMixing,
+    SepConv,
+    without_kernels,
+)
+from metaformer_jax.models.star_relu import squared_relu
 
 NO_FLATBUFFERS = "flatbuffers, of the extra `export`, is not installed"
 NO_ONNX = "jax2onnx, of the extra `onnx`, is not installed"
@@ -83,8 +95,17 @@ def small_model(family, depths=(1, 1, 1, 1), **settings):
     return model
 
 
-def check_onnx(model, error=1e-5):
-    """The file of a model, in ONNX Runtime, gives the model's logits."""
+def own_model(*token_mixers, dtype=jnp.float32):
+    spec = MetaFormerSpec(
+        depths=(1, 1), dims=(8, 16), token_mixers=token_mixers, res_scale_init=(None, 1.0)
+    )
+    model = MetaFormer(spec, num_classes=5, image_size=32, dtype=dtype, rngs=nnx.Rngs(0))
+    model.eval()
+    return model
+
+
+def check_onnx(model, like=None):
+    """The file of a model, in ONNX Runtime, gives the model's logits, or those of another one."""
     pytest.importorskip("jax2onnx", reason=NO_ONNX)
     runtime = pytest.importorskip("onnxruntime", reason=NO_ONNX)
     session = runtime.InferenceSession(artefacts.export_onnx(model))
@@ -92,10 +113,10 @@ def check_onnx(model, error=1e-5):
     assert (given.name, given.shape) == ("images", ["batch", 32, 32, 3])
     assert (answered.name, answered.shape) == ("logits", ["batch", 5])
     images = reference.images(3, 32, 32)
-    expected = nnx.jit(lambda model, x: model(x))(model, images)
+    expected = nnx.jit(lambda model, x: model(x))(like or model, images)
     for size in (3, 1):
         (logits,) = session.run(["logits"], {"images": images[:size]})
-        assert reference.relative_error(logits, expected[:size]) < error
+        assert reference.relative_error(logits, expected[:size]) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,16 +126,16 @@ def test_an_onnx_file_gives_the_models_logits_for_any_number_of_images(family, c
 
 
 # What the libraries that write ONNX files do not know.
-NOT_PLAIN = ("scan[", "remat", "checkpoint", "cond[", "platform_index", "custom_vjp")
+NOT_PLAIN = ("scan[", "remat", "checkpoint", "cond[", "platform_index", "custom_vjp", "bf16")
 
 
-def check_plain(model):
-    """The program that is exported to ONNX has plain operations alone, and the same values."""
+def check_plain(model, like=None):
+    """What is exported to ONNX are plain operations in float32, with the same values."""
     plain = artefacts._in_plain_operations(nnx.clone(model))
     images = reference.images(2, 32, 32)
     program = str(jax.make_jaxpr(lambda images: plain(images))(images))
     assert [name for name in NOT_PLAIN if name in program] == []
-    expected = nnx.jit(lambda model, x: model(x))(model, images)
+    expected = nnx.jit(lambda model, x: model(x))(like or model, images)
     assert reference.relative_error(jax.jit(lambda x: plain(x))(images), expected) < 1e-5
 
 
@@ -126,6 +147,64 @@ def test_an_onnx_file_is_made_of_plain_operations(family):
 @pytest.mark.parametrize("check", [check_plain, check_onnx])
 def test_loops_and_recomputation_are_no_part_of_an_onnx_file(check):
     check(small_model("convformer", depths=(1, 3, 1, 1), scan=1, remat="block"))
+
+
+class Named(Attention):
+    """Computes what attention computes."""
+
+
+class Local(Pooling):
+    """Computes what pooling computes."""
+
+
+@pytest.mark.parametrize("check", [check_plain, check_onnx])
+def test_subclasses_that_compute_the_same_are_exported_like_their_parents(check):
+    model = own_model(functools.partial(Local, pool_size=5), Named)
+    check(model)
+    assert [type(blocks[0].token_mixer) for blocks in model.stages] == [Local, Named]
+
+
+class Doubled(Attention):
+    def __call__(self, x):
+        return 2 * x
+
+
+def test_subclasses_that_compute_something_else_are_left_as_they_are():
+    check_plain(own_model(Doubled, IdentityMixing))
+
+
+@pytest.mark.parametrize("check", [check_plain, check_onnx])
+def test_a_model_in_bfloat16_is_exported_in_float32(check):
+    narrow, wide = (
+        own_model(SepConv, RandomMixing, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    check(narrow, like=wide)
+
+
+class Fourier(nnx.Module):
+    def __init__(self, dim, *, resolution, dtype, rngs):
+        del dim, resolution, dtype, rngs
+
+    def __call__(self, x):
+        return jnp.fft.fft2(x, axes=(1, 2)).real
+
+
+class Summed(nnx.Module):
+    """Has a loop, which jax2onnx writes such that no runtime loads it."""
+
+    def __init__(self, dim, *, resolution, dtype, rngs):
+        self.kernels = nnx.Param(jnp.ones((3, dim)))
+
+    def __call__(self, x):
+        kernels = self.kernels[...]
+        return jax.lax.scan(lambda x, kernel: (squared_relu(x) * kernel, None), x, kernels)[0]
+
+
+@pytest.mark.parametrize("mixer", [Fourier, Summed])
+def test_what_onnx_files_cannot_hold_is_refused_with_the_other_format(mixer):
+    pytest.importorskip("jax2onnx", reason=NO_ONNX)
+    with pytest.raises(ValueError, match=r"`model` must be made of operations .*export_stablehlo"):
+        artefacts.export_onnx(own_model(mixer, IdentityMixing))
 
 
 def test_a_model_in_training_mode_is_exported_as_it_evaluates():

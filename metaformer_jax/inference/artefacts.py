@@ -14,11 +14,12 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.inference.classifier import Classifier
 from metaformer_jax.models import Attention, MetaFormer, Pooling, StarReLU
-from metaformer_jax.models.arguments import as_pair
+from metaformer_jax.models.arguments import as_pair, is_floating
 from metaformer_jax.models.layers import Linear
 from metaformer_jax.models.mixers import DepthwiseConv
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.star_relu import squared_relu
+from metaformer_jax.weights.errors import first_line
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
@@ -65,7 +66,8 @@ def export_stablehlo(
 def export_onnx(model: MetaFormer, *, image_size: int | tuple[int, int] | None = None) -> bytes:
     """The model, weights included, as an ONNX file, for any number of images.
 
-    Its input is `images`, float32 `[batch, height, width, channels]`, its output `logits`.
+    Its input is `images`, float32 `[batch, height, width, channels]`, its output `logits`. It
+    computes in float32, whatever the model's dtype.
 
     Args:
         model: is exported in evaluation mode, whatever its own.
@@ -73,10 +75,11 @@ def export_onnx(model: MetaFormer, *, image_size: int | tuple[int, int] | None =
 
     Raises:
         ImportError: jax2onnx is not installed.
-        ValueError: a size that the model does not take.
+        ValueError: a size that the model does not take, or an operation that jax2onnx does not.
     """
     try:
         import jax2onnx
+        import onnx
     except ImportError as error:
         raise ImportError(
             'An ONNX file needs jax2onnx. Install it with: pip install "metaformer-jax[onnx]"'
@@ -84,13 +87,23 @@ def export_onnx(model: MetaFormer, *, image_size: int | tuple[int, int] | None =
     model = _in_evaluation_mode(model)
     shape = _image_shape(model, image_size)
     plain = _in_plain_operations(model)
-    with _quiet():
-        exported = jax2onnx.to_onnx(
-            functools.partial(_logits, plain),
-            [(BATCH, *shape)],
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-        )
+    try:
+        with _quiet():
+            exported = jax2onnx.to_onnx(
+                functools.partial(_logits, plain),
+                [(BATCH, *shape)],
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+            )
+        # Of what it does not know it may also write a file that no runtime loads.
+        onnx.checker.check_model(exported, full_check=True)
+    # Its errors have no class in common.
+    except Exception as error:
+        raise ValueError(
+            "`model` must be made of operations that jax2onnx can write, got "
+            f"{type(error).__name__}: {first_line(error).rstrip('.')}. Use others in mixers, norms "
+            "and head of your own, or export_stablehlo, which takes any model."
+        ) from error
     return exported.SerializeToString()
 
 
@@ -163,7 +176,7 @@ class _StarReLU(StarReLU):
 class _Attention(Attention):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         value = self._heads(x)[2]
-        mixed = jnp.einsum("bkts,bskd->btkd", self.weights(x), value)
+        mixed = jnp.einsum("bkts,bskd->btkd", Attention.weights(self, x), value)
         return self.proj(mixed.reshape(*x.shape[:-1], self.num_heads * self.head_dim))
 
 
@@ -194,7 +207,7 @@ class _Pooling(Pooling):
 def _in_plain_operations(model: MetaFormer) -> MetaFormer:
     # jax2onnx replaces Flax's layers by its own, which do not take all arguments of ours, and it
     # knows no branches by platform.
-    plain = {
+    plain: dict[type, type] = {
         nnx.Conv: _Conv,
         nnx.Linear: _Linear,
         Linear: _BlockLinear,
@@ -205,11 +218,23 @@ def _in_plain_operations(model: MetaFormer) -> MetaFormer:
         DepthwiseConv: _DepthwiseConv,
     }
     for _, module in nnx.iter_modules(model):
-        if type(module) in plain:
-            object.__setattr__(module, "__class__", plain[type(module)])
+        kind = next((kind for kind in type(module).__mro__ if kind in plain), None)
+        # A subclass with a call of its own may compute something else.
+        if kind is not None and type(module).__call__ is kind.__call__:
+            call = {"__call__": plain[kind].__call__}
+            name = type(module).__name__
+            object.__setattr__(module, "__class__", type(name, (type(module),), call))
+        if is_floating(vars(module).get("dtype")):
+            module.dtype = jnp.float32  # type: ignore[attr-defined]
     # Of a loop over blocks it would write a file that no runtime loads.
     model.scan, model.remat = 0, "none"
+    # NumPy, with which jax2onnx computes constants, has no bfloat16.
+    nnx.update(model, jax.tree.map(_widened, nnx.state(model)))
     return model
+
+
+def _widened(leaf: Any) -> Any:
+    return leaf.astype(jnp.float32) if is_floating(leaf.dtype) else leaf
 
 
 @contextlib.contextmanager
