@@ -78,7 +78,7 @@ def _backward(
     moved, stretched = _unfused((moved, stretched))
     x_gradient = inverse * (gradient - moved - normalized * stretched)
     scale_gradient = jnp.sum(cotangent * normalized, tuple(range(x.ndim - 1)))
-    return x_gradient.astype(x.dtype), scale_gradient
+    return x_gradient.astype(x.dtype), scale_gradient.astype(scale.dtype)
 
 
 _normalize.defvjp(_forward, _backward)

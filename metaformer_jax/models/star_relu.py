@@ -78,8 +78,8 @@ def _star_relu_backward(
 ) -> tuple[Array, Array, Array]:
     x, scale, bias = residuals
     positive, wide = _positive(x, cotangent), cotangent.astype(scale.dtype)
-    by_scale = jnp.sum(wide * jnp.square(positive)).reshape(scale.shape)
-    by_bias = jnp.sum(wide).reshape(bias.shape)
+    by_scale = _like(scale, jnp.sum(wide * jnp.square(positive)))
+    by_bias = _like(bias, jnp.sum(wide))
     return _input_gradient(positive, scale, cotangent), by_scale, by_bias
 
 
@@ -121,11 +121,11 @@ def _matmul_backward(
     # The product is linear in the squares and in the bias, so the gradients of scale and bias are
     # sums over the kernel instead of sums over all activations.
     of_ones = jnp.sum(cotangent, tuple(range(cotangent.ndim - 1)), dtype=scale.dtype)
-    scale, of_squares = promoted(scale, of_squares)
-    by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
-    wide = kernel.astype(scale.dtype)
-    by_scale = jnp.sum(wide * of_squares).reshape(scale.shape)
-    by_bias = jnp.dot(wide.sum(0), of_ones).reshape(bias.shape)
+    factor, of_squares = promoted(scale, of_squares)
+    by_kernel = (factor * of_squares + bias * of_ones).astype(kernel.dtype)
+    wide = kernel.astype(factor.dtype)
+    by_scale = _like(scale, jnp.sum(wide * of_squares))
+    by_bias = _like(bias, jnp.dot(wide.sum(0), of_ones))
     return by_x, by_scale, by_bias, by_kernel
 
 
@@ -248,10 +248,10 @@ def _parameter_gradients(
         precision=lax.Precision.HIGHEST,
     )
     wide = kernel.astype(scale.dtype)
-    scale, of_squares = promoted(scale, of_squares)
-    by_kernel = (scale * of_squares + bias * of_ones).astype(kernel.dtype)
-    by_scale = jnp.sum(wide * of_squares).reshape(scale.shape)
-    by_bias = jnp.sum(wide * of_ones).reshape(bias.shape)
+    factor, of_squares = promoted(scale, of_squares)
+    by_kernel = (factor * of_squares + bias * of_ones).astype(kernel.dtype)
+    by_scale = _like(scale, jnp.sum(wide * of_squares))
+    by_bias = _like(bias, jnp.sum(wide * of_ones))
     return by_scale, by_bias, by_kernel
 
 
@@ -285,8 +285,8 @@ def _gradients_of_convolved_rows(
     )
     # The sums over all activations are taken as the convolution is written.
     positive, wide = jnp.maximum(rows, 0), by_activated.astype(scale.dtype)
-    by_scale = jnp.sum(wide * jnp.square(positive)).reshape(scale.shape)
-    by_bias = jnp.sum(wide).reshape(bias.shape)
+    by_scale = _like(scale, jnp.sum(wide * jnp.square(positive)))
+    by_bias = _like(bias, jnp.sum(wide))
     by_x = depthwise_banded.rows_along_lanes(_input_gradient(positive, scale, by_activated))
     return by_x.reshape(x.shape), by_scale, by_bias, by_kernel
 
@@ -354,3 +354,8 @@ def _positive(x: Array, cotangent: Array) -> Array:
 def _input_gradient(positive: Array, scale: Array, by_activated: Array) -> Array:
     by_activated, scale, wide = promoted(by_activated, scale, positive)
     return (by_activated * (2 * scale) * wide).astype(positive.dtype)
+
+
+def _like(parameter: Array, gradient: Array) -> Array:
+    """A sum as the gradient of this parameter, than which `x` may be wider."""
+    return gradient.reshape(parameter.shape).astype(parameter.dtype)
