@@ -23,7 +23,9 @@ from metaformer_jax.data.sources import Digits
 from metaformer_jax.data.transforms import BadImageError
 from metaformer_jax.inference import find_images, load_classifier, read_image
 from metaformer_jax.inference.drawing import Explanation, explanations_figure
+from metaformer_jax.models import FAMILIES
 from metaformer_jax.training.pictures import to_array
+from metaformer_jax.weights import CheckpointError
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.pretrained import build_abstract
 from metaformer_jax.weights.write import write_variables
@@ -498,3 +500,12 @@ def test_the_thousand_classes_stand_in_the_published_order():
         "toilet tissue, toilet paper, bathroom tissue",
     )
     assert [index for index, name in enumerate(names) if names.count(name) > 1] == [134, 517]
+
+
+def test_a_run_of_a_family_that_is_not_known_here_says_where_to_add_it(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(FAMILIES, "fourierformer", FAMILIES["identityformer"])
+        small_run.make(tmp_path / "run", family="fourierformer")
+        assert load_classifier(weights=tmp_path / "run").name == "fourierformer"
+    with pytest.raises(CheckpointError, match=r"got 'fourierformer'. Add it .*docs/extending\.md"):
+        load_classifier(weights=tmp_path / "run")

@@ -7,6 +7,7 @@ from typing import Any
 
 from metaformer_jax.data.sources import open_source
 from metaformer_jax.models import (
+    FAMILIES,
     MetaFormerSpec,
     imagenet_class_names,
     imagenet_synsets,
@@ -64,7 +65,8 @@ def read_settings(path: pathlib.Path) -> Told:
     """What is told by the folder or file of weights; of a bare checkpoint nothing.
 
     Raises:
-        CheckpointError: a run's config or names of classes, or a conversion's record, is damaged.
+        CheckpointError: a run's config or names of classes, or a conversion's record, is damaged;
+            or the run's family is not in `FAMILIES`.
     """
     if workdir.is_workdir(path):
         return _read_config(path / "config.json")
@@ -107,12 +109,18 @@ def _read_config(path: pathlib.Path) -> Told:
         settings = {name: config[field] for name, (field, _) in _SETTINGS.items()}
         name, spec, title = config["model.name"] or None, None, ""
         if name is None:
-            title, spec = config["model.family"], workdir.family_spec(config)
+            title = config["model.family"]
+            spec = workdir.family_spec(config) if title in FAMILIES else None
         data = config["data.name"], config["data.root"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} must be the config that the run wrote, got {type(error).__name__}: {error}."
         ) from error
+    if name is None and spec is None:
+        raise CheckpointError(
+            f"The family that {path} names must be known here, got {title!r}. Add it to "
+            "`metaformer_jax.models.FAMILIES` and load the run in code, see docs/extending.md."
+        )
     return Told(
         name=name,
         spec=spec,
