@@ -34,9 +34,11 @@ def grad_cam(
 
     Raises:
         ValueError: there is no such stage; the model has no head, or active dropout in training
-            mode; there is not one class per image, or (outside `jax.jit`) one is out of range.
+            mode, or does not take the images; there is not one class per image, or (outside
+            `jax.jit`) one is out of range.
     """
     _check_drops_nothing(model)
+    model.check_images(images)
     stage = _checked_stage(model, stage)
     if model.head is None:
         raise ValueError(

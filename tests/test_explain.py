@@ -205,3 +205,8 @@ def test_a_model_without_a_head_has_no_class_to_explain():
     model = MetaFormer(SPEC, num_classes=0, image_size=32, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="must have a head"):
         explain.grad_cam(model, images_of(1, 32))
+
+
+def test_images_that_the_model_does_not_take_are_what_is_refused(model):
+    with pytest.raises(ValueError, match="`images` must have 4 axes"):
+        grad_cam(model, images_of(1, 32)[0], np.array([1]))
