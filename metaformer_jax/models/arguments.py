@@ -1,6 +1,7 @@
 """Checks of the arguments of models, which return them as plain Python numbers."""
 
 import math
+import numbers
 import operator
 from typing import Any
 
@@ -85,6 +86,12 @@ def whole(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def is_finite(value: Any) -> bool:
+    """Whether this is a real number (Python's or NumPy's), neither infinite nor NaN."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def is_floating(dtype: Any) -> bool:

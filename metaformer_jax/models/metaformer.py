@@ -16,6 +16,7 @@ from metaformer_jax.models.arguments import (
     check_rate,
     check_rngs,
     hidden_channels,
+    is_finite,
     is_floating,
     whole,
 )
@@ -97,7 +98,13 @@ class MetaFormerSpec:
 
     def __post_init__(self):
         for name in ("depths", "dims", "token_mixers", "res_scale_init"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            try:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            except TypeError as error:
+                raise ValueError(
+                    f"`{name}` must have one entry for each stage, got {getattr(self, name)!r}. "
+                    "Give a tuple, also for a single stage."
+                ) from error
         if not self.depths:
             raise ValueError("`depths` must name at least one stage, got ().")
         for name in ("dims", "token_mixers", "res_scale_init"):
@@ -113,6 +120,11 @@ class MetaFormerSpec:
                     f"`{name}` must be positive whole numbers, got {getattr(self, name)}."
                 )
             object.__setattr__(self, name, numbers)
+        if not all(value is None or is_finite(value) for value in self.res_scale_init):
+            raise ValueError(
+                "`res_scale_init` must be None or a finite number for each stage, got "
+                f"{self.res_scale_init}."
+            )
         hidden_channels(min(self.dims), mlp_ratio=self.mlp_ratio)
 
     def stage_resolutions(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
