@@ -13,6 +13,7 @@ from metaformer_jax.models import (
     FAMILIES,
     Attention,
     ConvGeometry,
+    IdentityMixing,
     ImageKeys,
     MetaFormer,
     MetaFormerBlock,
@@ -79,6 +80,17 @@ def test_a_mixer_of_ones_own_fits_in(images):
     model = _model(spec)
     assert model(images).shape == (2, 5)
     assert model.stages[0][0].token_mixer.resolutions_seen == (32, 32)
+
+
+def test_a_mixer_may_keep_its_resolution_as_a_list(images):
+    class Listed(IdentityMixing):
+        def __init__(self, dim, *, resolution, dtype, rngs):
+            self.resolution = list(resolution)
+
+    model = _model(dataclasses.replace(SPEC, token_mixers=(Listed, Listed)))
+    assert model(images).shape == (2, 5)
+    with pytest.raises(ValueError, match="that this model's Listed was built for"):
+        model(jnp.zeros((2, 64, 64, 3)))
 
 
 def test_evaluation_is_deterministic_and_training_is_not(images):

@@ -46,6 +46,14 @@ def test_random_mixing_refuses_another_number_of_tokens(x):
         module(x)
 
 
+def test_random_mixing_takes_its_resolution_as_a_list_too(x):
+    listed, paired = (
+        mixers.RandomMixing(64, resolution=resolution, rngs=nnx.Rngs(0))(x)
+        for resolution in ([4, 6], (4, 6))
+    )
+    np.testing.assert_array_equal(listed, paired)
+
+
 @pytest.mark.parametrize(
     ("mixer", "arguments", "message"),
     [

@@ -337,7 +337,7 @@ class MetaFormer(nnx.Module):
         size = (images.shape[1], images.shape[2])
         resolutions = self.spec.stage_resolutions(size)
         for resolution, blocks in zip(resolutions, self.stages, strict=True):
-            if getattr(blocks[0].token_mixer, "resolution", resolution) != resolution:
+            if tuple(getattr(blocks[0].token_mixer, "resolution", resolution)) != resolution:
                 built_for = "x".join(map(str, self.image_size))
                 raise ValueError(
                     f"`images` must be {built_for} pixels, the size that this model's "

@@ -69,9 +69,10 @@ class RandomMixing(nnx.Module):
         rngs: nnx.Rngs,
     ):
         del dim
-        self.resolution = resolution
+        height, width = resolution
+        self.resolution = (height, width)
         self.dtype = dtype
-        num_tokens = resolution[0] * resolution[1]
+        num_tokens = height * width
         noise = jax.random.uniform(rngs.params(), (num_tokens, num_tokens), jnp.float32)
         self.random_matrix = Frozen(jax.nn.softmax(noise, axis=-1))
 
