@@ -170,7 +170,8 @@ class MetaFormer(nnx.Module):
         image_size: pixels per side, or (height, width). Mixers that depend on the number of tokens
             (`RandomMixing`) are built for this size; a model without such mixers accepts any size.
         drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0 at the
-            first block.
+            first block. As in the published code, the block of a model with a single one is the
+            first, and never dropped.
         head_dropout: dropout rate in the head.
         dtype: compute dtype of stem and stages. Parameters, the statistics of norms, softmax and
             the head are always float32.
