@@ -6,6 +6,7 @@ A whole model takes minutes to compile; a stage of two blocks, forward and backw
 """
 
 import argparse
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaformer_jax.models import Attention, ImageKeys, MetaFormerBlock, SepConv, layer_norm
+from metaformer_jax.models import (
+    Attention,
+    ImageKeys,
+    MetaFormerBlock,
+    SepConv,
+    layer_norm,
+    without_kernels,
+)
 from metaformer_jax.models.lanes import compiled_for
 from metaformer_jax.models.stages import REMAT, run_blocks
 from metaformer_jax.training.hlo import read_program
@@ -32,12 +40,14 @@ def main():
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=REMAT)
     parser.add_argument("--scan", type=int, default=0)
+    parser.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--topology", default="v5e:1x1")
     arguments = parser.parse_args()
     devices = topology_devices(arguments.topology)
     print("remat     estimated cycles  temporaries", flush=True)
     for remat in arguments.remat:
-        compiled = _compiled(arguments, remat, devices[0])
+        with contextlib.nullcontext() if arguments.kernels else without_kernels():
+            compiled = _compiled(arguments, remat, devices[0])
         program, memory = read_program(compiled.as_text()), memory_of(compiled)
         temporaries = f"{memory.temporaries / 2**20:,.0f} MiB"
         print(f"{remat:8} {program.cycles / 1e6:15.2f} M {temporaries:>12}", flush=True)
@@ -76,8 +86,10 @@ def _compiled(arguments, remat, device):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         (params, jax.ShapeDtypeStruct(shape, jnp.bfloat16), keys),
     )
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*inputs)
-    return traced.lower(lowering_platforms=(device.platform,)).compile()
+    # Kernels are made for the device of the mesh.
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*inputs)
+        return traced.lower(lowering_platforms=(device.platform,)).compile()
 
 
 if __name__ == "__main__":

@@ -65,6 +65,12 @@ _COMPILATION_CACHE = flags.DEFINE_bool(
     "weights are cached in; runs of several processes, or with no write access there, use "
     "compiled/ of their workdir.",
 )
+_KERNELS = flags.DEFINE_bool(
+    "kernels",
+    True,
+    "Use the custom kernels for GPUs and TPUs; --nokernels uses XLA's own operations in their "
+    "place.",
+)
 _ACCEPT_CONFIG_CHANGES = flags.DEFINE_bool(
     "accept_config_changes",
     False,
@@ -163,7 +169,8 @@ def main(argv: list[str]) -> None:
     import jax
 
     from metaformer_jax.data.loader import DataError
-    from metaformer_jax.training import compile, distributed, evaluation, train
+    from metaformer_jax.models import without_kernels
+    from metaformer_jax.training import distributed
     from metaformer_jax.training.agreement import DisagreementError
     from metaformer_jax.training.checkpoint import SaveError
     from metaformer_jax.training.compilation_cache import keep_compiled_programs
@@ -184,34 +191,8 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
     try:
-        if _MODE.value == "compile":
-            compile.compile_training(
-                _CONFIG.value,
-                topologies=_TOPOLOGY.value or (),
-                batch_per_device=_BATCH_PER_DEVICE.value,
-                search_largest=_LARGEST_BATCH.value,
-                output=output,
-            )
-            return
-        distributed.initialize(
-            _COORDINATOR_ADDRESS.value,
-            _NUM_PROCESSES.value,
-            _PROCESS_ID.value,
-            distributed=_DISTRIBUTED.value,
-        )
-        # With several processes JAX handles SIGTERM itself, but only a training asks it.
-        if _MODE.value != "train" and signal.getsignal(signal.SIGTERM) is end_at_once:
-            signal.signal(signal.SIGTERM, end_at_once)
-        if signal.getsignal(signal.SIGINT) is end_at_once:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if _MODE.value == "eval":
-            evaluation.evaluate(_CONFIG.value, workdir)
-        elif _MODE.value == "preview":
-            train.preview(_CONFIG.value, output or pathlib.Path("batch.png"))
-        elif workdir is None:
-            _exit_with("`--workdir` must be given to train.", USAGE_ERROR)
-        else:
-            train.train(_CONFIG.value, workdir, accept_config_changes=_ACCEPT_CONFIG_CHANGES.value)
+        with contextlib.nullcontext() if _KERNELS.value else without_kernels():
+            _run(workdir, output)
     except DisagreementError as error:
         # Raised in all processes: JAX's own exit waits until each of them has ended.
         sys.exit(_tell(error, USAGE_ERROR))
@@ -235,6 +216,39 @@ def main(argv: list[str]) -> None:
     else:
         return
     distributed.leave(code)
+
+
+def _run(workdir: pathlib.Path | None, output: pathlib.Path | None) -> None:
+    from metaformer_jax.training import compile, distributed, evaluation, train
+
+    if _MODE.value == "compile":
+        compile.compile_training(
+            _CONFIG.value,
+            topologies=_TOPOLOGY.value or (),
+            batch_per_device=_BATCH_PER_DEVICE.value,
+            search_largest=_LARGEST_BATCH.value,
+            output=output,
+        )
+        return
+    distributed.initialize(
+        _COORDINATOR_ADDRESS.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        distributed=_DISTRIBUTED.value,
+    )
+    # With several processes JAX handles SIGTERM itself, but only a training asks it.
+    if _MODE.value != "train" and signal.getsignal(signal.SIGTERM) is end_at_once:
+        signal.signal(signal.SIGTERM, end_at_once)
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _MODE.value == "eval":
+        evaluation.evaluate(_CONFIG.value, workdir)
+    elif _MODE.value == "preview":
+        train.preview(_CONFIG.value, output or pathlib.Path("batch.png"))
+    elif workdir is None:
+        _exit_with("`--workdir` must be given to train.", USAGE_ERROR)
+    else:
+        train.train(_CONFIG.value, workdir, accept_config_changes=_ACCEPT_CONFIG_CHANGES.value)
 
 
 def _tell(error: Exception | str, code: int) -> int:

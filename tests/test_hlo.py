@@ -82,6 +82,30 @@ def test_cycles_count_once_for_each_round_and_the_longest_branch():
     assert program.cycles_by_op == {"jit(step)/while/dot_general": 6000, "fusion": 500}
 
 
+KERNEL = """\
+HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%x), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"kernel_cycles":"3000"
+}}, metadata={op_name="jit(step)/pallas_call"}, backend_config={"custom_call_config":{"body":"TU"}}
+  %other = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%k), custom_call_target="other"
+  ROOT %copy = bf16[8,128]{0,1:T(8,128)(2,1)} copy(%other), frontend_attributes={kernel_metadata={
+"kernel_cycles":"3000"
+}}, metadata={op_name="jit(step)/pallas_call"}, \
+backend_config={"window_config":{"estimated_cycles":"20"}}
+}
+"""
+
+
+def test_a_kernel_brings_its_own_estimate_and_copies_of_its_result_repeat_it():
+    program = read_program(KERNEL)
+    assert (program.cycles, program.kernel_cycles) == (3020, 3000)
+    assert read_program(TPU).kernel_cycles == 0
+
+
 def test_collectives_are_found_with_their_bytes_groups_and_rounds():
     gather, reduce, unknown = read_program(TPU).collectives
     assert gather == Collective("all-gather", 16 * 128 * 4, 4, 1, "all-gather-start")

@@ -74,6 +74,26 @@ def test_a_flag_is_refused_in_a_mode_where_it_has_no_effect(flag, mode, tmp_path
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_kernels_are_turned_off_by_a_flag():
+    program = """
+from absl import app
+from metaformer_jax import main
+from metaformer_jax.models import kernels
+from metaformer_jax.training import compile
+
+compile.compile_training = lambda *arguments, **named: print(kernels.are_allowed())
+app.run(main.main, flags_parser=main._parse_flags)
+"""
+    for flags, expected in (([], "True\n"), (["--nokernels"], "False\n")):
+        run = subprocess.run(
+            [sys.executable, "-c", program, DIGITS, "--mode=compile", *flags],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+        )
+        assert (run.stdout, run.returncode) == (expected, 0)
+
+
 def test_a_bucket_is_no_workdir():
     result = _main(DIGITS, "--workdir=gs://bucket/run")
     assert result.returncode == 2

@@ -4,6 +4,7 @@ from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.class_names import imagenet_class_names, imagenet_synsets
 from metaformer_jax.models.counting import Counts, count
 from metaformer_jax.models.jit import compiler_options, jit_inference
+from metaformer_jax.models.kernels import without_kernels
 from metaformer_jax.models.layers import (
     Dropout,
     Frozen,
@@ -23,7 +24,6 @@ from metaformer_jax.models.mixers import (
     SepConv,
     TokenMixerFn,
 )
-from metaformer_jax.models.triton import without_kernels
 from metaformer_jax.models.variants import (
     FAMILIES,
     ModelInfo,

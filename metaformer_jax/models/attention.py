@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from metaformer_jax.models import attention_mosaic
+from metaformer_jax.models.kernels import differentiated_as
 from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.schedule import run_after
-from metaformer_jax.models.triton import differentiated_as, has_kernels
+from metaformer_jax.models.triton import has_kernels
 
 # From this number of pairs of tokens, over all heads and images, CPUs work on parts of a batch.
 _MANY_PAIRS = 2**20
@@ -32,6 +34,65 @@ def dot_product_attention(
     order; forward mode (`jax.jvp`) is not supported.
     """
     return _dot_product_attention(_is_for_cudnn(query), query, key, value)
+
+
+def self_attention(packed: Float[Array, "b h w 3c"], num_heads: int) -> Float[Array, "b h w c"]:
+    """`dot_product_attention` among all tokens, of queries, keys and values in one array.
+
+    On TPUs a kernel computes it, for the shapes and dtypes that it is made for.
+
+    Args:
+        packed: queries, keys and values, one after the other along the channels.
+        num_heads: by which the channels of each are divided.
+    """
+    if not attention_mosaic.has_kernels(packed, num_heads):
+        return _self_attention_by_parts(packed, num_heads)
+    b, h, w, channels = packed.shape
+    mixed = _self_attention(num_heads, packed.reshape(b, h * w, channels))
+    return mixed.reshape(b, h, w, channels // 3)
+
+
+def _self_attention_by_parts(
+    packed: Float[Array, "b *n 3c"], num_heads: int
+) -> Float[Array, "b *n c"]:
+    b, *sizes, channels = packed.shape
+    # The last axis in thirds: with an axis of three, arrays would be transposed in memory.
+    query, key, value = (
+        third.reshape(b, math.prod(sizes), num_heads, channels // 3 // num_heads)
+        for third in jnp.split(packed, 3, axis=-1)
+    )
+    return dot_product_attention(query, key, value).reshape(b, *sizes, channels // 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _self_attention(num_heads: int, packed: Array) -> Array:
+    plain = functools.partial(_self_attention_by_parts, num_heads=num_heads)
+    kernel = functools.partial(attention_mosaic.attend, num_heads=num_heads)
+    return lax.platform_dependent(packed, tpu=differentiated_as(plain, kernel), default=plain)
+
+
+def _self_attention_forward(num_heads: int, packed: Array) -> tuple[Array, tuple[Array, Array]]:
+    mixed = _self_attention(num_heads, packed)
+    return mixed, (packed, mixed)
+
+
+def _self_attention_backward(
+    num_heads: int, residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array]:
+    def plain(packed: Array, mixed: Array, cotangent: Array) -> Array:
+        del mixed
+        attend = functools.partial(_self_attention_by_parts, num_heads=num_heads)
+        return jax.vjp(attend, packed)[1](cotangent)[0]
+
+    kernel = functools.partial(attention_mosaic.gradients, num_heads=num_heads)
+    return (
+        lax.platform_dependent(
+            *residuals, cotangent, tpu=differentiated_as(plain, kernel), default=plain
+        ),
+    )
+
+
+_self_attention.defvjp(_self_attention_forward, _self_attention_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

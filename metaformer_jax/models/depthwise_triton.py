@@ -12,10 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from metaformer_jax.models.kernels import differentiated_as
 from metaformer_jax.models.triton import (
     THREADS,
     call,
-    differentiated_as,
     has_kernels,
     load,
     power_of_two,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models import depthwise_banded
 from metaformer_jax.models.arguments import at_least, hidden_channels
-from metaformer_jax.models.attention import dot_product_attention
+from metaformer_jax.models.attention import self_attention
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.lanes import is_for_tpus
 from metaformer_jax.models.layers import PRODUCT, Frozen, Linear, kernel_init
@@ -195,9 +195,8 @@ class Attention(nnx.Module):
         self.proj = Linear(attention_dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, h, w, _ = x.shape
-        mixed = checkpoint_name(dot_product_attention(*self._heads(x)), PRODUCT)
-        return self.proj(mixed.reshape(b, h, w, self.num_heads * self.head_dim))
+        mixed = self_attention(self.qkv(x), self.num_heads)
+        return self.proj(checkpoint_name(mixed, PRODUCT))
 
     def weights(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k n n"]:
         """Attention weights of each token (third axis) for each token (last axis), in float32."""
@@ -207,7 +206,6 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Float[Array, "b h w c"]) -> list[Float[Array, "b n k d"]]:
         b, h, w, _ = x.shape
-        # The last axis in thirds: with an axis of three, arrays would be transposed in memory.
         return [
             third.reshape(b, h * w, self.num_heads, self.head_dim)
             for third in jnp.split(self.qkv(x), 3, axis=-1)

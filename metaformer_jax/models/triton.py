@@ -3,15 +3,15 @@
 If JAX has no Triton compiler (it is to be removed some day), XLA's own operations are used.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
+
+from metaformer_jax.models.kernels import are_allowed
 
 try:
     from jax.experimental.pallas import triton
@@ -23,24 +23,12 @@ THREADS = 128
 _MOST_NUMBERS = 2**31 - 1
 
 
-_is_allowed = jax.make_user_context(True)
-
-
-def without_kernels() -> contextlib.AbstractContextManager[None]:
-    """A context (`with`) in which models use XLA's own operations on GPUs, and no custom kernels.
-
-    For programs that are exported, or that XLA partitions among several GPUs by itself, which it
-    can do for its own operations only. cuDNN's attention counts as a kernel here.
-    """
-    return _is_allowed(False)
-
-
 def has_kernels(*arrays: Array) -> bool:
     """Whether there are kernels for arrays of such dtypes and sizes on this process's GPUs.
 
     Kernels are traced only if they might run: without a GPU they cost no tracing time.
     """
-    return _is_allowed.value and _is_compiled_here() and all(map(_is_supported, arrays))
+    return are_allowed() and _is_compiled_here() and all(map(_is_supported, arrays))
 
 
 def _is_supported(array: Any) -> bool:
@@ -57,16 +45,6 @@ def _is_compiled_here() -> bool:
     device = jax.local_devices()[0]
     # Of the Ampere generation and later.
     return device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8
-
-
-def differentiated_as(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, a function of arrays, with the gradients of `plain`, which computes the same."""
-    function = jax.custom_vjp(kernel)
-    function.defvjp(
-        lambda *arrays: (kernel(*arrays), arrays),
-        lambda arrays, cotangent: jax.vjp(plain, *arrays)[1](cotangent),
-    )
-    return function
 
 
 def call(

@@ -25,11 +25,14 @@ def assumptions(chip: devices.Chip | None, program: hlo.Program | None) -> tuple
     if chip is None or program.cycles is None:
         return ("no estimate of time: this compiler gives none, only those for TPUs do",)
     links = chip.ici_bytes_per_second / 1e9
-    told = (
+    told: tuple[str, ...] = (
         f"step: the compiler's estimated cycles of all fusions at {chip.clock_hz / 1e9:g} GHz, "
         f"then the bytes sent at {links:g} GB/s over all links after it; no clock measured it",
         "the whole run: its training steps alone, without evaluations or waiting for data",
     )
+    if program.kernel_cycles:
+        kernels = f"{program.kernel_cycles / 1e6:,.1f} M of the cycles are of kernels"
+        told = (*told, f"{kernels}, for which v5e's schedules are assumed")
     if program.num_unknown_loops:
         loops = f"{program.num_unknown_loops} loops whose rounds depend on the data count as one"
         return (*told, loops)

@@ -18,6 +18,9 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*->.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# What kernels say of themselves (`attention_mosaic`). Copies of their results repeat it.
+_KERNEL_CYCLES = re.compile(r'"kernel_cycles":"(\d+)"')
+_OF_KERNELS = re.compile(r"kernel_metadata=\{[^}]*\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,\d+\])")
@@ -55,14 +58,17 @@ class Program:
     """The figures in the text of a compiled program.
 
     Attributes:
-        cycles: the compiler's estimate for all fusions together, counted as often as their loops
-            run; None if the compiler gives no estimates, like those for CPUs and GPUs.
+        cycles: the compiler's estimate for all fusions together, and the estimates that kernels
+            bring along, counted as often as their loops run; None if the compiler gives no
+            estimates, like those for CPUs and GPUs.
+        kernel_cycles: those of the kernels.
         cycles_by_op: the same by the origin in the traced program.
         collectives: the communication between devices.
         num_unknown_loops: loops with an unknown number of iterations, which count as one.
     """
 
     cycles: int | None
+    kernel_cycles: int
     cycles_by_op: dict[str, int]
     collectives: tuple[Collective, ...]
     num_unknown_loops: int
@@ -99,13 +105,16 @@ def read_program(text: str, *, num_devices: int = 1) -> Program:
     cycles_by_op: collections.Counter[str] = collections.Counter()
     collectives: list[Collective] = []
     unknown: set[str] = set()
+    kernel_cycles = 0
 
     def run(computation: str, times: int) -> None:
+        nonlocal kernel_cycles
         instructions = computations[computation]
         num_bytes = {one.name: _num_bytes(one.shape) for one in instructions}
         for one in instructions:
-            if cycles := _CYCLES.search(one.rest):
-                cycles_by_op[_op_name(one)] += int(cycles[1]) * times
+            if cycles := _own_cycles(one):
+                cycles_by_op[_op_name(one)] += cycles * times
+                kernel_cycles += cycles * times if one.opcode == "custom-call" else 0
             if (collective := _collective(one, num_bytes, num_devices, times)) is not None:
                 collectives.append(collective)
             if one.opcode == "while":
@@ -119,7 +128,9 @@ def read_program(text: str, *, num_devices: int = 1) -> Program:
                 branches = one.named("branch_computations") or (
                     one.named("true_computation") + one.named("false_computation")
                 )
-                run(max(branches, key=lambda name: _own_cycles(computations, name)), times)
+                run(
+                    max(branches, key=lambda name: sum(map(_own_cycles, computations[name]))), times
+                )
             elif one.opcode in ("call", "async-start"):
                 for part in one.named("to_apply") + one.named("calls"):
                     run(part, times)
@@ -127,6 +138,7 @@ def read_program(text: str, *, num_devices: int = 1) -> Program:
     run(entry, 1)
     return Program(
         cycles=sum(cycles_by_op.values()) if cycles_by_op else None,
+        kernel_cycles=kernel_cycles,
         cycles_by_op=dict(cycles_by_op.most_common()),
         collectives=tuple(collectives),
         num_unknown_loops=len(unknown),
@@ -137,6 +149,8 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     computations: dict[str, list[_Instruction]] = {}
     entry = ""
     current: list[_Instruction] = []
+    # What a kernel says of itself is printed in several lines, all else of an instruction in one.
+    text = _OF_KERNELS.sub(lambda match: match[0].replace("\n", ""), text)
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = computations[header[2]] = []
@@ -205,8 +219,11 @@ def _whole_number(constant: _Instruction | None) -> int | None:
     return int(constant.arguments) if constant is not None and is_whole else None
 
 
-def _own_cycles(computations: dict[str, list[_Instruction]], name: str) -> int:
-    return sum(int(match[1]) for one in computations[name] if (match := _CYCLES.search(one.rest)))
+def _own_cycles(instruction: _Instruction) -> int:
+    """The cycles of an instruction, without those of the computations that it calls."""
+    pattern = _KERNEL_CYCLES if instruction.opcode == "custom-call" else _CYCLES
+    match = pattern.search(instruction.rest)
+    return int(match[1]) if match else 0
 
 
 def _op_name(instruction: _Instruction) -> str:

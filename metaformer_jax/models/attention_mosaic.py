@@ -1,0 +1,222 @@
+"""Self-attention for TPUs as two kernels, forward and backward, written in Pallas for Mosaic.
+
+The compiler for TPUs writes the weights of all pairs of tokens to memory and reads them again: a
+third of CAFormer's training step. Here a kernel takes one image after the other, and its weights
+never leave the chip's vector memory. Within a kernel tokens lie along the lanes and channels along
+the sublanes: there a head of 32 channels fills whole tiles, the sums over the keys add whole
+vectors, and no matrix of weights has to be transposed for a product.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from metaformer_jax.models.kernels import are_allowed
+from metaformer_jax.models.lanes import LANES, is_for_tpus
+
+# With fewer tokens XLA's own operations are estimated to be as fast. With more, the weights of a
+# head are too large to be held at once.
+_FEWEST_TOKENS, _MOST_TOKENS = 128, 256
+# A head's channels must fill tiles of 16-bit numbers.
+_SUBLANES = 16
+# The scores of so many heads are computed before the first one's are needed, because a product's
+# result takes long to arrive, and the compiler keeps the order in which it is asked for them.
+_AHEAD = 3
+# Cycles for one image, and for each of its heads and tokens: from 3 % less to 16 % more than in the
+# kernels' schedules for v5e with 10 to 24 heads of 32 channels and 196 to 256 tokens. The compiler,
+# which estimates its own operations, leaves kernels out.
+_FORWARD_CYCLES, _BACKWARD_CYCLES = (1300, 0.85), (1900, 1.75)
+# Of the vector memory that the compiler leaves to kernels: blocks of two images and one transposed.
+_MOST_BYTES = 12 * 2**20
+
+
+def has_kernels(packed: Float[Array, "b *n 3c"], num_heads: int) -> bool:
+    """Whether there are kernels for such an array, in a program that is meant for TPUs."""
+    if not (are_allowed() and is_for_tpus() and packed.dtype == jnp.bfloat16):
+        return False
+    # In exported programs a size may be unknown.
+    if not all(isinstance(size, int) for size in packed.shape):
+        return False
+    b, *sizes, channels = packed.shape
+    t = math.prod(sizes)
+    num_bytes = 3 * 2 * t * (2 * channels + 2 * channels // 3)
+    fills_tiles = channels // 3 // num_heads % _SUBLANES == 0
+    is_sized = _FEWEST_TOKENS <= t <= _MOST_TOKENS and num_bytes <= _MOST_BYTES
+    return b > 0 and is_sized and fills_tiles
+
+
+def attend(
+    packed: Float[Array, "b t 3c"], num_heads: int, *, interpret: bool = False
+) -> Float[Array, "b t c"]:
+    """`softmax(q k^T / sqrt(d)) v` for each head.
+
+    Args:
+        packed: queries, keys and values, one after the other along the channels.
+        num_heads: by which the channels of each are divided.
+        interpret: interprets the kernel, slowly, on any device.
+    """
+    num_channels = packed.shape[-1] // 3
+    return _call(
+        _attend, num_channels, num_heads, packed, cycles=_FORWARD_CYCLES, interpret=interpret
+    )
+
+
+def gradients(
+    packed: Float[Array, "b t 3c"],
+    mixed: Float[Array, "b t c"],
+    cotangent: Float[Array, "b t c"],
+    num_heads: int,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b t 3c"]:
+    """The gradients of queries, keys and values for the `cotangent` of `mixed = attend(packed)`."""
+    arrays = packed, mixed, cotangent
+    num_channels = packed.shape[-1]
+    return _call(
+        _gradients, num_channels, num_heads, *arrays, cycles=_BACKWARD_CYCLES, interpret=interpret
+    )
+
+
+def _call(
+    body: Callable[..., None],
+    num_channels: int,
+    num_heads: int,
+    *arrays: Array,
+    cycles: tuple[int, float],
+    interpret: bool,
+) -> Array:
+    b, t, _ = arrays[0].shape
+    dtype = arrays[0].dtype
+    out = jax.ShapeDtypeStruct((b, t, num_channels), dtype)
+
+    def image(array: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((1, t, array.shape[-1]), lambda i: (i, 0, 0))
+
+    return pl.pallas_call(
+        functools.partial(_transposed, body, num_heads),
+        grid=(b,),
+        in_specs=[image(array) for array in arrays],
+        out_specs=image(out),
+        out_shape=out,
+        scratch_shapes=[pltpu.VMEM((array.shape[-1], t), dtype) for array in (*arrays, out)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name=f"attention{body.__name__}",
+        metadata={"kernel_cycles": str(round(b * (cycles[0] + cycles[1] * num_heads * t)))},
+    )(*arrays)
+
+
+def _transposed(body: Callable[..., None], num_heads: int, *refs: Any) -> None:
+    """`body` of references `[c, t]`, for the blocks `[1, t, c]` of an image."""
+    blocks, transposed = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+    for block, scratch in zip(blocks[:-1], transposed[:-1], strict=True):
+        for part in _parts(block.shape[-1], LANES):
+            scratch[part, :] = block[0, :, part].T
+    body(*transposed, num_heads)
+    for part in _parts(blocks[-1].shape[-1], LANES):
+        blocks[-1][0, :, part] = transposed[-1][part, :].T
+
+
+def _parts(size: int, most: int) -> list[slice]:
+    return [slice(start, min(start + most, size)) for start in range(0, size, most)]
+
+
+def _attend(packed: Any, mixed: Any, num_heads: int) -> None:
+    query, key, value = _heads(packed, 3, num_heads)
+    (out,) = _heads(mixed, 1, num_heads)
+    scale = _scale(packed, num_heads)
+
+    def score(head: int, _: None) -> Array:
+        return _product(packed[key[head], :], packed[query[head], :], (0, 0))
+
+    def weigh(head: int, scores: Array) -> tuple[Array, Array]:
+        exponentials, totals = _exponentials(scores, scale)
+        return _product(packed[value[head], :], exponentials.astype(packed.dtype), (1, 0)), totals
+
+    def divide(head: int, sums: tuple[Array, Array]) -> None:
+        weighted, totals = sums
+        mixed[out[head], :] = (weighted / totals).astype(mixed.dtype)
+
+    _run_ahead(num_heads, score, weigh, divide)
+
+
+def _gradients(packed: Any, mixed: Any, cotangent: Any, gradient: Any, num_heads: int) -> None:
+    query, key, value = _heads(packed, 3, num_heads)
+    (out,) = _heads(mixed, 1, num_heads)
+    scale = _scale(packed, num_heads)
+    dtype = packed.dtype
+
+    def score(head: int, _: None) -> tuple[Array, Array]:
+        scores = _product(packed[key[head], :], packed[query[head], :], (0, 0))
+        by_weight = _product(packed[value[head], :], cotangent[out[head], :], (0, 0))
+        return scores, by_weight
+
+    def multiply(head: int, products: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        scores, by_weight = products
+        exponentials, totals = _exponentials(scores, scale)
+        weights = exponentials / totals
+        shares = cotangent[out[head], :]
+        # The softmax subtracts from each gradient its weighted mean, which is that of the output.
+        means = shares.astype(jnp.float32) * mixed[out[head], :].astype(jnp.float32)
+        by_score = weights * (by_weight - means.sum(0, keepdims=True)) * scale
+        by_score = by_score.astype(dtype)
+        return (
+            _product(packed[key[head], :], by_score, (1, 0)),
+            _product(packed[query[head], :], by_score, (1, 1)),
+            _product(shares, weights.astype(dtype), (1, 1)),
+        )
+
+    def write(head: int, by_input: tuple[Array, Array, Array]) -> None:
+        for place, total in zip((query[head], key[head], value[head]), by_input, strict=True):
+            gradient[place, :] = total.astype(dtype)
+
+    _run_ahead(num_heads, score, multiply, write)
+
+
+def _heads(array: Any, num_parts: int, num_heads: int) -> list[list[slice]]:
+    """For each of the parts of an array `[c, t]`, the channels of each head."""
+    heads = _parts(array.shape[0], array.shape[0] // num_parts // num_heads)
+    return [heads[start : start + num_heads] for start in range(0, len(heads), num_heads)]
+
+
+def _scale(packed: Any, num_heads: int) -> float:
+    return (packed.shape[0] // 3 // num_heads) ** -0.5
+
+
+def _product(
+    a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, int]
+) -> Float[Array, "m n"]:
+    """The product of two matrices, summed in float32 over one axis of each."""
+    first, second = axes
+    summed = (((first,), (second,)), ((), ()))
+    return lax.dot_general(a, b, summed, preferred_element_type=jnp.float32)
+
+
+def _exponentials(
+    scores: Float[Array, "s t"], scale: float
+) -> tuple[Float[Array, "s t"], Float[Array, "1 t"]]:
+    exponentials = jnp.exp((scores - scores.max(0, keepdims=True)) * scale)
+    return exponentials, exponentials.sum(0, keepdims=True)
+
+
+def _run_ahead(num_heads: int, first: Any, *others: Any) -> None:
+    """Runs all stages for each head, the first one `_AHEAD` heads before the others.
+
+    A stage gets the number of the head and the previous stage's result for it.
+    """
+    waits = [lambda _, result: result] * (_AHEAD - 1)
+    stages = [first, *waits, *others]
+    results: dict[int, Any] = {}
+    for turn in range(num_heads + len(stages) - 1):
+        for number, stage in enumerate(stages):
+            head = turn - number
+            if 0 <= head < num_heads:
+                results[head] = stage(head, results.get(head))
