@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.kernels import are_allowed
@@ -93,6 +92,9 @@ def _call(
     cycles: tuple[int, float],
     interpret: bool,
 ) -> Array:
+    # Programs for other platforms do not wait for this import.
+    from jax.experimental.pallas import tpu as mosaic
+
     b, t, _ = arrays[0].shape
     dtype = arrays[0].dtype
     out = jax.ShapeDtypeStruct((b, t, num_channels), dtype)
@@ -106,8 +108,8 @@ def _call(
         in_specs=[image(array) for array in arrays],
         out_specs=image(out),
         out_shape=out,
-        scratch_shapes=[pltpu.VMEM((array.shape[-1], t), dtype) for array in (*arrays, out)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        scratch_shapes=[mosaic.VMEM((array.shape[-1], t), dtype) for array in (*arrays, out)],
+        compiler_params=mosaic.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name=f"attention{body.__name__}",
         metadata={"kernel_cycles": str(round(b * (cycles[0] + cycles[1] * num_heads * t)))},
