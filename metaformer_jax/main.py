@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
 
 
 def _run(workdir: pathlib.Path | None, output: pathlib.Path | None) -> None:
-    from metaformer_jax.training import compile, distributed, evaluation, train
+    from metaformer_jax.training import compile, distributed, evaluation, preview, train
 
     if _MODE.value == "compile":
         compile.compile_training(
@@ -244,7 +244,7 @@ def _run(workdir: pathlib.Path | None, output: pathlib.Path | None) -> None:
     if _MODE.value == "eval":
         evaluation.evaluate(_CONFIG.value, workdir)
     elif _MODE.value == "preview":
-        train.preview(_CONFIG.value, output or pathlib.Path("batch.png"))
+        preview.preview(_CONFIG.value, output or pathlib.Path("batch.png"))
     elif workdir is None:
         _exit_with("`--workdir` must be given to train.", USAGE_ERROR)
     else:

@@ -21,7 +21,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from metaformer_jax.data.device import normalize
 from metaformer_jax.models import MetaFormer
-from metaformer_jax.training import evaluation, recipes, train
+from metaformer_jax.training import evaluation, preview, recipes, train
 from metaformer_jax.training.checkpoint import Checkpoints, SaveError
 from metaformer_jax.training.feeding import PlacedBatches
 from metaformer_jax.training.guard import NonFiniteError
@@ -581,9 +581,9 @@ def test_a_damaged_line_of_the_metrics_is_named(damaged, tmp_path):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_of_several_processes_the_first_draws_the_batch_and_says_so(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "is_first_process", lambda: index == 0)
+    monkeypatch.setattr(preview, "is_first_process", lambda: index == 0)
     output = io.StringIO()
-    train.preview(_config(), tmp_path / "batch.png", console=Console(file=output, width=200))
+    preview.preview(_config(), tmp_path / "batch.png", console=Console(file=output, width=200))
     assert (tmp_path / "batch.png").exists() == (index == 0)
     assert bool(output.getvalue()) == (index == 0)
 

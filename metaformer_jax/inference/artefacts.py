@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from metaformer_jax.inference.classifier import Classifier
 from metaformer_jax.models import Attention, MetaFormer, Pooling, StarReLU
 from metaformer_jax.models.arguments import as_pair, is_floating
+from metaformer_jax.models.attention import split_heads
 from metaformer_jax.models.layers import Linear
 from metaformer_jax.models.mixers import DepthwiseConv
 from metaformer_jax.models.normalization import LayerNorm
@@ -175,7 +176,7 @@ class _StarReLU(StarReLU):
 
 class _Attention(Attention):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        value = self._heads(x)[2]
+        value = split_heads(self.qkv(x), self.num_heads)[2]
         mixed = jnp.einsum("bkts,bskd->btkd", Attention.weights(self, x), value)
         return self.proj(mixed.reshape(*x.shape[:-1], self.num_heads * self.head_dim))
 

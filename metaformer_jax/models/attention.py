@@ -52,16 +52,21 @@ def self_attention(packed: Float[Array, "b h w 3c"], num_heads: int) -> Float[Ar
     return mixed.reshape(b, h, w, channels // 3)
 
 
+def split_heads(packed: Float[Array, "b *n 3c"], num_heads: int) -> list[Float[Array, "b t n d"]]:
+    """Queries, keys and values of all heads."""
+    b, *sizes, channels = packed.shape
+    # The last axis in thirds: with an axis of three, arrays would be transposed in memory.
+    return [
+        third.reshape(b, math.prod(sizes), num_heads, channels // 3 // num_heads)
+        for third in jnp.split(packed, 3, axis=-1)
+    ]
+
+
 def _self_attention_by_parts(
     packed: Float[Array, "b *n 3c"], num_heads: int
 ) -> Float[Array, "b *n c"]:
-    b, *sizes, channels = packed.shape
-    # The last axis in thirds: with an axis of three, arrays would be transposed in memory.
-    query, key, value = (
-        third.reshape(b, math.prod(sizes), num_heads, channels // 3 // num_heads)
-        for third in jnp.split(packed, 3, axis=-1)
-    )
-    return dot_product_attention(query, key, value).reshape(b, *sizes, channels // 3)
+    mixed = dot_product_attention(*split_heads(packed, num_heads))
+    return mixed.reshape(*packed.shape[:-1], packed.shape[-1] // 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models import depthwise_banded
 from metaformer_jax.models.arguments import at_least, hidden_channels
-from metaformer_jax.models.attention import self_attention
+from metaformer_jax.models.attention import self_attention, split_heads
 from metaformer_jax.models.depthwise import depthwise_conv2d
 from metaformer_jax.models.lanes import is_for_tpus
 from metaformer_jax.models.layers import PRODUCT, Frozen, Linear, kernel_init
@@ -200,13 +200,6 @@ class Attention(nnx.Module):
 
     def weights(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k n n"]:
         """Attention weights of each token (third axis) for each token (last axis), in float32."""
-        query, key, _ = self._heads(x)
+        query, key, _ = split_heads(self.qkv(x), self.num_heads)
         scores = jnp.einsum("btkd,bskd->bkts", query, key, preferred_element_type=jnp.float32)
         return jax.nn.softmax(scores * self.head_dim**-0.5, axis=-1)
-
-    def _heads(self, x: Float[Array, "b h w c"]) -> list[Float[Array, "b n k d"]]:
-        b, h, w, _ = x.shape
-        return [
-            third.reshape(b, h * w, self.num_heads, self.head_dim)
-            for third in jnp.split(self.qkv(x), 3, axis=-1)
-        ]

@@ -7,10 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from metaformer_jax.data.loader import DataError
@@ -34,16 +31,13 @@ from metaformer_jax.training.metrics import (
     read_accuracies,
     read_metrics,
 )
-from metaformer_jax.training.pictures import batch_figure, draw_curves, save, to_array
+from metaformer_jax.training.pictures import draw_curves, to_array
 from metaformer_jax.training.preemption import PreemptedError, Preemption
+from metaformer_jax.training.preview import draw_inputs
 from metaformer_jax.training.progress import TrainingProgress, elapsing
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.convert import Variables
-from metaformer_jax.weights.outputs import check_can_be_written
-
-# Most of a batch that a picture can show at a readable size.
-_MAX_PICTURED = 48
 
 Step = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -126,28 +120,6 @@ def train(
     return evaluation
 
 
-def preview(
-    config: ml_collections.ConfigDict, output: pathlib.Path, *, console: Console | None = None
-) -> None:
-    """Draws the first training batch as the first step sees it; the model is not run.
-
-    If there are several processes, the first one writes the picture, of its own share of the batch.
-
-    Raises:
-        ValueError: the config is wrong, or the output cannot be written.
-    """
-    check_can_be_written(output)
-    console = console or Console()
-    console.quiet = console.quiet or not is_first_process()
-    run = Run(config)
-    with run.training_batches(0) as batches:
-        # All processes take part, because the devices of all mix the batch.
-        figure = _batch_figure(run, next(batches), 0)
-    if is_first_process():
-        save(figure, output)
-    console.print(f"the first training batch: {output}", highlight=False, soft_wrap=True)
-
-
 class _Training:
     """The training loop, with logging, checkpoints and evaluations."""
 
@@ -225,7 +197,7 @@ class _Training:
                     train_step = self._compiled(state, batch)
                     self._keep_description()
                 if step == 1:
-                    picture = to_array(_batch_figure(run, batch, 0))
+                    picture = to_array(draw_inputs(run, batch, 0))
                     writer.write_picture(0, "train/batch", picture)
                 self._trace(trace, step, start_step, state)
                 self.guard.expect(step, batches.indices)
@@ -390,20 +362,6 @@ class _Training:
         return due and not any(
             row["step"] == start_step and "eval/loss" in row for row in read_metrics(self.workdir)
         )
-
-
-def _batch_figure(run: Run, batch: dict[str, jax.Array], step: int) -> Figure:
-    inputs = run.engine.training_inputs(batch, jnp.int32(step))
-    images, targets = (
-        np.concatenate([shard.data for shard in array.addressable_shards])[:_MAX_PICTURED]
-        for array in inputs
-    )
-    return batch_figure(
-        images * np.array(run.config.data.std) + np.array(run.config.data.mean),
-        targets,
-        run.class_names,
-        title=f"training images of step {step + 1}",
-    )
 
 
 def _describe(run: Run, workdir: pathlib.Path, start_step: int, console: Console) -> None:
