@@ -168,8 +168,8 @@ def test_a_step_is_compiled_for_tpus_and_scales():
     assert (one.num_devices, four.num_devices) == (1, 4)
     assert one.device_kind == "TPU v5 lite"
     # What the config leaves to the platform.
-    assert one.remat == "mlp"
-    assert "remat mlp" in text.getvalue()
+    assert one.remat == "auto"
+    assert "remat auto" in text.getvalue()
     assert one.fits
     # The same work on each; what four add is small, and so is this model.
     assert one.cycles == pytest.approx(four.cycles, rel=0.3)

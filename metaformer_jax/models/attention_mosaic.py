@@ -64,7 +64,13 @@ def attend(
     """
     num_channels = packed.shape[-1] // 3
     return _call(
-        _attend, num_channels, num_heads, packed, cycles=_FORWARD_CYCLES, interpret=interpret
+        _attend,
+        num_channels,
+        num_heads,
+        packed,
+        num_products=2,
+        cycles=_FORWARD_CYCLES,
+        interpret=interpret,
     )
 
 
@@ -80,7 +86,13 @@ def gradients(
     arrays = packed, mixed, cotangent
     num_channels = packed.shape[-1]
     return _call(
-        _gradients, num_channels, num_heads, *arrays, cycles=_BACKWARD_CYCLES, interpret=interpret
+        _gradients,
+        num_channels,
+        num_heads,
+        *arrays,
+        num_products=5,
+        cycles=_BACKWARD_CYCLES,
+        interpret=interpret,
     )
 
 
@@ -89,6 +101,7 @@ def _call(
     num_channels: int,
     num_heads: int,
     *arrays: Array,
+    num_products: int,
     cycles: tuple[int, float],
     interpret: bool,
 ) -> Array:
@@ -112,6 +125,11 @@ def _call(
         compiler_params=mosaic.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name=f"attention{body.__name__}",
+        cost_estimate=pl.CostEstimate(
+            flops=2 * num_products * arrays[0].size // 3 * t,
+            transcendentals=b * num_heads * t * t,
+            bytes_accessed=out.size * out.dtype.itemsize + sum(array.nbytes for array in arrays),
+        ),
         metadata={"kernel_cycles": str(round(b * (cycles[0] + cycles[1] * num_heads * t)))},
     )(*arrays)
 

@@ -1,14 +1,21 @@
 """The block of a MetaFormer (section 2 of the publication)."""
 
+from types import NoneType
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.layers import DropPath, ImageKeys, Mlp, NormFn, ResScale
-from metaformer_jax.models.mixers import SepConv, TokenMixerFn
+from metaformer_jax.models import mlp_mosaic
+from metaformer_jax.models.layers import DropPath, ImageKeys, Linear, Mlp, NormFn, ResScale
+from metaformer_jax.models.mixers import Attention, IdentityMixing, SepConv, TokenMixerFn
 from metaformer_jax.models.normalization import LayerNorm
+from metaformer_jax.models.residual_mlp import residual_mlp
+from metaformer_jax.models.star_relu import StarReLU
+
+# Mixers that do not know which tokens are neighbours.
+_TAKE_ANY_ROWS = (Attention, IdentityMixing)
 
 
 class MetaFormerBlock(nnx.Module):
@@ -61,8 +68,12 @@ class MetaFormerBlock(nnx.Module):
         return self.transform_channels(self.mix_tokens(x, rngs=rngs, width=width), rngs=rngs)
 
     def fold(self, x: Float[Array, "b h w c"]) -> Float[Array, "b g rw c"]:
-        """`x`, with rows side by side if the mixer works on that form (see `SepConv.fold`)."""
-        return self.token_mixer.fold(x) if isinstance(self.token_mixer, SepConv) else x
+        """`x` in the form of the mixer (see `SepConv.fold`), or that of kernels for the MLP."""
+        if isinstance(self.token_mixer, SepConv):
+            return self.token_mixer.fold(x)
+        if type(self.token_mixer) in _TAKE_ANY_ROWS and self.has_mlp_kernels(x):
+            return x.reshape(mlp_mosaic.in_rows(x.shape))
+        return x
 
     def mix_tokens(
         self,
@@ -73,9 +84,10 @@ class MetaFormerBlock(nnx.Module):
     ) -> Float[Array, "b h w c"]:
         """The first half of the block, with the token mixer."""
         x, normalized = _beside(self.norm1, x)
-        b, rows, across, c = x.shape
-        width = width or across
-        images = normalized.reshape(b, rows * across // width, width, c)
+        images = normalized
+        if width is not None and type(self.token_mixer) not in _TAKE_ANY_ROWS:
+            b, rows, across, c = x.shape
+            images = normalized.reshape(b, rows * across // width, width, c)
         branch = self.token_mixer(images).reshape(x.shape)
         return _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
 
@@ -83,9 +95,51 @@ class MetaFormerBlock(nnx.Module):
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b h w c"]:
         """The second half of the block, with the MLP."""
+        if self.has_mlp_kernels(x):
+            return self._transform_by_kernels(x, rngs)
         x, normalized = _beside(self.norm2, x)
         branch = self.mlp(normalized)
         return _add_branch(x, branch, self.drop_path2, self.res_scale2, rngs)
+
+    def has_mlp_kernels(self, x: Float[Array, "b h w c"]) -> bool:
+        """Whether the second half has kernels: with the published layers, no subclass of them."""
+        norm, mlp = self.norm2, self.mlp
+        return (
+            type(norm) is LayerNorm
+            and norm.bias is None
+            and norm.reduction_axes in (-1, (-1,))
+            and type(mlp) is Mlp
+            and [*map(type, (mlp.fc1, mlp.act, mlp.fc2))] == [Linear, StarReLU, Linear]
+            and type(self.drop_path2) in (DropPath, NoneType)
+            and type(self.res_scale2) in (ResScale, NoneType)
+            and mlp.fc1.dtype == mlp.fc2.dtype == x.dtype
+            and mlp_mosaic.has_kernels(x, mlp.fc1.out_features)
+        )
+
+    def _transform_by_kernels(
+        self, x: Float[Array, "b h w c"], rngs: nnx.Rngs | ImageKeys | None
+    ) -> Float[Array, "b h w c"]:
+        norm: Any = self.norm2
+        fc1, act, fc2 = self.mlp.fc1, self.mlp.act, self.mlp.fc2
+        keep = jnp.ones((x.shape[0], 1, 1, 1), jnp.float32)
+        if self.drop_path2 is not None:
+            keep = self.drop_path2(keep, rngs=rngs)
+        norm_scale, up, scale, bias, down = (
+            jnp.asarray(param[...], jnp.float32)
+            for param in (norm.scale, fc1.kernel, act.scale, act.bias, fc2.kernel)
+        )
+        shortcut = None
+        if self.res_scale2 is not None:
+            shortcut = jnp.asarray(self.res_scale2.scale[...], jnp.float32)
+        return residual_mlp(
+            x,
+            keep.reshape(-1),
+            shortcut,
+            norm_scale[:, None] * up,
+            scale * down,
+            bias * down.sum(0),
+            epsilon=norm.epsilon,
+        )
 
 
 def _beside(norm: Any, x: Array) -> tuple[Array, Array]:

@@ -177,8 +177,8 @@ class MetaFormer(nnx.Module):
             the head are always float32.
         remat: which part of each block the backward pass recomputes instead of keeping it, one of
             `stages.REMAT`. Less memory, usually more time, the same results, except that masks not
-            drawn from `ImageKeys` are different ones. True means "block"; "auto" means "mlp" when
-            compiled for TPUs and "none" elsewhere.
+            drawn from `ImageKeys` are different ones. True means "block"; "auto" means "none", and
+            when compiled for TPUs "mlp" in stages without kernels for it.
         scan: runs the blocks of a stage as a loop with this many blocks per iteration, for a
             shorter compilation and a slower step with the same parameters; 0 uses no loop. Must be
             0 for second derivatives: in a loop, JAX (0.10.2) mixes up the residuals of custom

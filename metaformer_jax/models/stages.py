@@ -27,7 +27,8 @@ REMAT = (
     # The whole block.
     "block",
 )
-# Chooses among them: the fastest on the platform, by the estimate of the compiler for TPUs.
+# Chooses among them: the fastest on the platform, for each stage, by the estimate of the compiler
+# for TPUs.
 AUTO = "auto"
 
 
@@ -45,13 +46,20 @@ def remat_name(remat: str | bool) -> str:
 
 
 def remat_here(remat: str | bool) -> str:
-    """The name in `REMAT` for the current platform: `AUTO` is "mlp" on TPUs and "none" elsewhere.
+    """The name in `REMAT` for the current platform, or `AUTO` on TPUs, where stages differ.
 
     Raises:
         ValueError: there is no such name.
     """
     name = remat_name(remat)
-    return ("mlp" if is_for_tpus() else "none") if name == AUTO else name
+    return "none" if name == AUTO and not is_for_tpus() else name
+
+
+def _remat_of(remat: str, block: Any, x: Array) -> str:
+    if remat != AUTO:
+        return remat
+    # The kernels of the second half keep its input alone, whatever else is recomputed.
+    return "none" if block.has_mlp_kernels(x) else "mlp"
 
 
 def run_blocks(
@@ -69,7 +77,7 @@ def run_blocks(
         x: the input of the first block.
         rngs: as for the model. With a loop or `remat` this must be `ImageKeys` or None, because
             `nnx.Rngs` count in a variable, which neither of them allows to change.
-        remat: one of `REMAT`.
+        remat: one of `REMAT`, or `AUTO` on TPUs.
         scan: blocks in each iteration of a loop; 0 for no loop. The parameters of the blocks are
             stacked when the loop starts; outside the loop they keep their form. Blocks that draw
             masks from their own streams, and neighbours that are not built alike, are not looped.
@@ -78,13 +86,16 @@ def run_blocks(
         alike = list(group)
         # Folded once: the form stays the same from block to block.
         rows, width = alike[0].fold(x), x.shape[2]
+        own_remat = _remat_of(remat, alike[0], rows)
         if scan and len(alike) > scan and _may_loop(alike, rngs):
             keys = rngs if isinstance(rngs, ImageKeys) else None
-            rows = _looped(alike, rows, width, keys, remat, scan)
+            rows = _looped(alike, rows, width, keys, own_remat, scan)
         else:
             for block in alike:
-                own = _own_keys(block, x.shape[0]) if rngs is None and remat != "none" else None
-                rows = _rematted(block, width, own or rngs, remat)(rows)
+                own = None
+                if rngs is None and own_remat != "none":
+                    own = _own_keys(block, x.shape[0])
+                rows = _rematted(block, width, own or rngs, own_remat)(rows)
         x = rows.reshape(x.shape)
     return x
 

@@ -1,0 +1,125 @@
+"""What the kernels for TPUs take for an image by the compiler's schedule, without a TPU.
+
+    PYTHONPATH=. python benchmarks/kernel_schedules.py attention --tokens 196 --heads 10 16
+    PYTHONPATH=. python benchmarks/kernel_schedules.py mlp --sizes 28x112x128 14x14x512
+
+The compiler writes the instructions of a kernel to a file, with those in which the chip waits for a
+result; their number is the time of one step in cycles, unless reading and writing it takes longer.
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import re
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metaformer_jax.models import attention_mosaic, mlp_mosaic
+from metaformer_jax.training.topology import topology_devices
+
+_BUNDLES = re.compile(r"total scheduled bundles: *(\d+)")
+_IMAGES = 4
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kernel", choices=("attention", "mlp"))
+    parser.add_argument("--heads", type=int, nargs="+", default=[10, 16])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[196])
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=lambda text: tuple(map(int, text.split("x"))),
+        default=[(28, 112, 128), (7, 112, 256), (14, 14, 512)],
+        help="of the images of a stage in the form in which the MLP gets them",
+    )
+    parser.add_argument("--topology", default="v5e:1x1")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        # Read when the compiler is loaded.
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+            f"{os.environ.get('LIBTPU_INIT_ARGS', '')}"
+        )
+        device = topology_devices(arguments.topology)[0]
+        print(f"{'':24}  forward: scheduled, assumed  backward: scheduled, assumed", flush=True)
+        for name, *kernels in _kernels(arguments):
+            figures = (
+                _figures(*kernel, device=device, folder=pathlib.Path(folder)) for kernel in kernels
+            )
+            print(f"{name:24}{''.join(figures)}", flush=True)
+
+
+def _kernels(arguments):
+    """Names, and the forward and backward kernels with the shapes and dtypes of their arguments."""
+    if arguments.kernel == "attention":
+        for tokens in arguments.tokens:
+            for heads in arguments.heads:
+                yield _attention(tokens, heads, arguments.head_dim)
+    else:
+        for sizes in arguments.sizes:
+            yield _mlp(*sizes)
+
+
+def _attention(tokens, heads, head_dim):
+    def attend(packed):
+        return attention_mosaic.attend(packed, heads)
+
+    def gradients(packed, mixed, cotangent):
+        return attention_mosaic.gradients(packed, mixed, cotangent, heads)
+
+    channels = heads * head_dim
+    packed, mixed = (((_IMAGES, tokens, size), jnp.bfloat16) for size in (3 * channels, channels))
+    return f"{heads} heads, {tokens} tokens", (attend, packed), (gradients, packed, mixed, mixed)
+
+
+def _mlp(height, width, channels):
+    def transform(*arrays):
+        return mlp_mosaic.transform(*arrays, epsilon=1e-6)
+
+    def gradients(*arrays):
+        return mlp_mosaic.gradients(*arrays, epsilon=1e-6)
+
+    x = mlp_mosaic.in_rows((_IMAGES, height, width, channels)), jnp.bfloat16
+    keep, row, up, down = (
+        (shape, jnp.float32)
+        for shape in (
+            (_IMAGES,),
+            (channels,),
+            (channels, 4 * channels),
+            (4 * channels, channels),
+        )
+    )
+    arrays = x, keep, row, up, down
+    return (
+        f"{height}x{width}, {channels} channels",
+        (transform, *arrays, row),
+        (gradients, *arrays, x),
+    )
+
+
+def _figures(function, *arrays, device, folder):
+    for old in folder.iterdir():
+        old.unlink()
+    place = NamedSharding(Mesh(np.array([device]), "x"), PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(*array, sharding=place) for array in arrays]
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        traced = jax.jit(function).trace(*arrays)
+        traced.lower(lowering_platforms=("tpu",)).compile()
+    (kernel,) = (eqn.params for eqn in traced.jaxpr.eqns if eqn.primitive.name == "pallas_call")
+    schedules = folder.glob(f"*-{kernel['name']}*-schedule-analysis_packed-bundles-post-ra.txt")
+    # What comes before and after the kernel is scheduled by itself.
+    scheduled = max(int(_BUNDLES.search(path.read_text())[1]) for path in schedules)
+    num_steps = math.prod(kernel["grid_mapping"].grid)
+    assumed = int(dict(kernel["metadata"])["kernel_cycles"])
+    return f"{scheduled * num_steps / _IMAGES:18,.0f} {assumed / _IMAGES:10,.0f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The second half of a block, from its norm to the sum with the shortcut, as one function.
+
+Kernels for TPUs compute it; see `mlp_mosaic`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from metaformer_jax.models import mlp_mosaic
+from metaformer_jax.models.kernels import differentiated_as
+
+
+def residual_mlp(
+    x: Float[Array, "b h w c"],
+    keep: Float[Array, " b"],
+    shortcut: Float[Array, " c"] | None,
+    up: Float[Array, "c d"],
+    down: Float[Array, "d c"],
+    offset: Float[Array, " c"],
+    *,
+    epsilon: float,
+) -> Float[Array, "b h w c"]:
+    """`shortcut * x + keep * (relu(norm(x) @ up) ** 2 @ down + offset)`.
+
+    The norm is over the channels, with neither scale nor bias: a scale belongs into `up`, the scale
+    and bias of a StarReLU into `down` and `offset`. Norm and sums are float32, what is multiplied
+    by `up` and `down` has the dtype of `x`. Only the arguments are kept for the backward pass.
+
+    Args:
+        x: the input of the block's second half, of a shape and dtype that has kernels.
+        keep: a factor for each image, which is taken as a constant: its gradient is zero.
+        shortcut: float32; None for ones.
+        up: from the channels to those of the hidden layer, float32.
+        down: back from these, float32.
+        offset: float32.
+        epsilon: of the norm.
+    """
+    rows = x.reshape(mlp_mosaic.in_rows(x.shape))
+    return _residual_mlp(epsilon, rows, keep, shortcut, up, down, offset).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _residual_mlp(epsilon: float, *arrays: Any) -> Array:
+    plain = functools.partial(_plain, epsilon=epsilon)
+    kernel = functools.partial(mlp_mosaic.transform, epsilon=epsilon)
+    return lax.platform_dependent(*arrays, tpu=differentiated_as(plain, kernel), default=plain)
+
+
+def _forward(epsilon: float, *arrays: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _residual_mlp(epsilon, *arrays), arrays
+
+
+def _backward(epsilon: float, arrays: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
+    def plain(*arrays: Any) -> tuple[Any, ...]:
+        *inputs, cotangent = arrays
+        return jax.vjp(functools.partial(_plain, epsilon=epsilon), *inputs)[1](cotangent)
+
+    kernel = functools.partial(_by_kernel, epsilon=epsilon)
+    return lax.platform_dependent(
+        *arrays, cotangent, tpu=differentiated_as(plain, kernel), default=plain
+    )
+
+
+_residual_mlp.defvjp(_forward, _backward)
+
+
+def _by_kernel(
+    x: Array,
+    keep: Array,
+    shortcut: Array | None,
+    up: Array,
+    down: Array,
+    offset: Array,
+    cotangent: Array,
+    *,
+    epsilon: float,
+) -> tuple[Any, ...]:
+    del offset
+    by_x, *others = mlp_mosaic.gradients(x, keep, shortcut, up, down, cotangent, epsilon=epsilon)
+    return by_x, jnp.zeros_like(keep), *others
+
+
+def _plain(
+    x: Array,
+    keep: Array,
+    shortcut: Array | None,
+    up: Array,
+    down: Array,
+    offset: Array,
+    *,
+    epsilon: float,
+) -> Array:
+    def multiply(x: Array, weights: Array, dtype: Any) -> Array:
+        return jnp.matmul(
+            x.astype(dtype), weights.astype(dtype), preferred_element_type=weights.dtype
+        )
+
+    wide = x.astype(up.dtype)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normalized = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    squares = jnp.square(jnp.maximum(multiply(normalized, up, x.dtype), 0))
+    branch = multiply(squares, down, x.dtype) + offset
+    kept = wide if shortcut is None else wide * shortcut
+    return (kept + lax.stop_gradient(keep)[:, None, None, None] * branch).astype(x.dtype)

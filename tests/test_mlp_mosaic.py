@@ -1,0 +1,301 @@
+"""The kernels for TPUs of a block's second half: what they compute, run on a CPU; and where."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from metaformer_jax.models import (
+    Attention,
+    ImageKeys,
+    MetaFormerBlock,
+    SepConv,
+    layer_norm,
+    mlp_mosaic,
+    without_kernels,
+)
+from metaformer_jax.models.lanes import compiled_for
+from metaformer_jax.models.layers import Linear, Mlp, image_layer_norm
+from metaformer_jax.models.mixers import IdentityMixing, Pooling
+from metaformer_jax.models.residual_mlp import residual_mlp
+from metaformer_jax.models.stages import AUTO, run_blocks
+
+EPSILON = 1e-3
+
+
+def _arrays(shape, dtype=jnp.float32, *, has_shortcut=True):
+    b, *_, c = shape
+    keys = jax.random.split(jax.random.key(0), 7)
+    return (
+        jax.random.normal(keys[0], shape, dtype) * 2 + 1,
+        jnp.array([0, 1.25, 1, 2])[:b],
+        jax.random.normal(keys[1], (c,)) if has_shortcut else None,
+        jax.random.normal(keys[2], (c, 3 * c)) / c**0.5,
+        jax.random.normal(keys[3], (3 * c, c)) / c**0.5,
+        jax.random.normal(keys[4], (c,)),
+    ), jax.random.normal(keys[5], shape, dtype)
+
+
+def _expected(x, keep, shortcut, up, down, offset):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    hidden = (x - mean) / jnp.sqrt(variance + EPSILON) @ up
+    branch = jnp.maximum(hidden, 0) ** 2 @ down + offset
+    return (x if shortcut is None else shortcut * x) + keep[:, None, None, None] * branch
+
+
+def _by_kernels(arrays, cotangent):
+    """The result, and the gradients of all arrays but the factors of images."""
+    x, keep, shortcut, up, down, offset = arrays
+    run = {"epsilon": EPSILON, "interpret": True}
+    return mlp_mosaic.transform(x, keep, shortcut, up, down, offset, **run), mlp_mosaic.gradients(
+        x, keep, shortcut, up, down, cotangent, **run
+    )
+
+
+def _assert_close(actual, expected, tolerance):
+    assert (actual is None) == (expected is None)
+    if expected is not None:
+        assert actual.shape == expected.shape
+        actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+        np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "has_shortcut", "num_cores"),
+    [
+        # Several rows in a step, one row in several products, several steps, tokens that do not
+        # fill tiles, and images that cores of a chip can or cannot share.
+        ((3, 4, 48, 16), True, 1),
+        ((3, 1, 416, 16), False, 2),
+        ((2, 2, 864, 8), True, 2),
+        ((4, 1, 133, 24), False, 2),
+    ],
+)
+def test_values_and_gradients_are_those_of_autodiff(shape, has_shortcut, num_cores, monkeypatch):
+    monkeypatch.setattr(mlp_mosaic, "_num_cores", lambda: num_cores)
+    arrays, cotangent = _arrays(shape, has_shortcut=has_shortcut)
+    assert mlp_mosaic.in_rows(shape) == shape
+    expected, vjp = jax.vjp(_expected, *arrays)
+    by_x, _, *others = vjp(cotangent)
+    result, gradients = _by_kernels(arrays, cotangent)
+    _assert_close(result, expected, 1e-6)
+    for actual, gradient in zip(gradients, (by_x, *others), strict=True):
+        _assert_close(actual, gradient, 5e-6)
+
+
+def test_in_bfloat16_only_what_is_multiplied_is_rounded():
+    arrays, cotangent = _arrays((4, 8, 112, 16), jnp.bfloat16)
+    wide = [array.astype(jnp.float32) for array in arrays]
+    expected, vjp = jax.vjp(_expected, *wide)
+    by_x, _, *others = vjp(cotangent.astype(jnp.float32))
+    result, gradients = _by_kernels(arrays, cotangent)
+    assert result.dtype == gradients[0].dtype == jnp.bfloat16
+    assert all(gradient.dtype == jnp.float32 for gradient in gradients[1:])
+    # Eight bits: of what is multiplied, and of the result. Over 3,584 tokens no error adds up.
+    pairs = zip((result, *gradients), (expected, by_x, *others), strict=True)
+    for actual, wide_one in pairs:
+        _assert_close(actual, wide_one, 2**-7)
+
+
+def test_without_kernels_the_function_is_the_same():
+    arrays, cotangent = _arrays((4, 14, 14, 16))
+    expected, vjp = jax.vjp(_expected, *arrays)
+    result, own_vjp = jax.vjp(functools.partial(residual_mlp, epsilon=EPSILON), *arrays)
+    _assert_close(result, expected, 1e-6)
+    for position, (actual, gradient) in enumerate(
+        zip(own_vjp(cotangent), vjp(cotangent), strict=True)
+    ):
+        # The factors of images are constants.
+        _assert_close(actual, 0 * gradient if position == 1 else gradient, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [
+        ((64, 28, 112, 128), jnp.bfloat16, True),
+        ((64, 7, 112, 256), jnp.bfloat16, True),
+        ((64, 14, 14, 512), jnp.bfloat16, True),
+        ((64, 1, 196, 512), jnp.bfloat16, True),
+        ((128, 28, 28, 128), jnp.bfloat16, True),
+        ((8, 24, 24, 512), jnp.bfloat16, True),
+        ((64, 14, 14, 512), jnp.float32, False),
+        ((64, 14, 14, 512), jnp.float16, False),
+        # Channels that fill no tiles, in lanes of which a sixth or half would be empty.
+        ((128, 14, 14, 320), jnp.bfloat16, False),
+        ((128, 56, 56, 64), jnp.bfloat16, False),
+        # Few tokens, and a number of them that no tiles divide.
+        ((64, 7, 7, 768), jnp.bfloat16, False),
+        ((64, 15, 15, 512), jnp.bfloat16, False),
+        ((0, 14, 14, 512), jnp.bfloat16, False),
+        # Weights that fill the vector memory.
+        ((64, 14, 14, 2048), jnp.bfloat16, False),
+    ],
+)
+def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    with compiled_for("tpu"), _on("TPU v5 lite"):
+        assert mlp_mosaic.has_kernels(x, 4 * shape[-1]) == expected
+        with without_kernels():
+            assert not mlp_mosaic.has_kernels(x, 4 * shape[-1])
+    assert not mlp_mosaic.has_kernels(x, 4 * shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("chip", "most_channels"), [("TPU v4", 256), ("TPU v5p", 768), ("TPU v6 lite", 1152), ("", 256)]
+)
+def test_weights_and_their_gradients_fit_into_the_vector_memory(chip, most_channels):
+    with compiled_for("tpu"), _on(chip) if chip else jax.sharding.use_abstract_mesh(_mesh()):
+        fits = [
+            mlp_mosaic.has_kernels(jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16), 4 * c)
+            for c in (most_channels, most_channels + 128)
+        ]
+    assert fits == [True, False]
+
+
+def test_images_of_unknown_number_have_none():
+    (batch,) = jax.export.symbolic_shape("batch")
+    with compiled_for("tpu"):
+        assert not mlp_mosaic.has_kernels(jax.ShapeDtypeStruct((batch, 28, 28, 128), "bfloat16"), 8)
+
+
+def _mesh(**options):
+    return jax.sharding.AbstractMesh((1,), ("x",), **options)
+
+
+def _on(chip):
+    device = jax.sharding.AbstractDevice(chip, 1, platform="tpu")
+    return jax.sharding.use_abstract_mesh(_mesh(abstract_device=device))
+
+
+def _block(mixer=Attention, dim=128, *, resolution=12, dtype=jnp.bfloat16, **options):
+    options = {"norm": layer_norm, "drop_path_rate": 0.5, "res_scale_init": 1.0} | options
+    block = MetaFormerBlock(
+        dim,
+        token_mixer=mixer,
+        resolution=(resolution, resolution),
+        dtype=dtype,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+    # Values that training would give them.
+    params = nnx.state(block, nnx.Param)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    changed = [
+        leaf + 0.2 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    nnx.update(block, jax.tree.unflatten(structure, changed))
+    return block
+
+
+def _loss(block, x, *, remat="none", scan=0):
+    keys = ImageKeys(jax.random.split(jax.random.key(2), x.shape[0]))
+    out = run_blocks([block, block], x, rngs=keys, remat=remat, scan=scan)
+    return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "how"),
+    [
+        (Attention, {}, {}),
+        (IdentityMixing, {"drop_path_rate": 0.0}, {"remat": "block", "scan": 1}),
+        (Pooling, {"res_scale_init": None}, {}),
+        (SepConv, {"res_scale_init": None}, {"remat": "mlp"}),
+    ],
+)
+def test_a_block_is_the_same_with_and_without(mixer, options, how, monkeypatch):
+    block = _block(mixer, 16, dtype=jnp.float32, **options)
+    x = jax.random.normal(jax.random.key(3), (4, 12, 12, 16))
+    value_and_grad = nnx.value_and_grad(functools.partial(_loss, **how), argnums=(0, 1))
+    expected = value_and_grad(block, x)
+    calls = []
+    # The function that the kernels compute, which is run in their place, has no limits.
+    monkeypatch.setattr(mlp_mosaic, "has_kernels", lambda x, _: calls.append(x.shape) or True)
+    actual = value_and_grad(block, x)
+    takes_any_rows = mixer in (Attention, IdentityMixing)
+    assert calls[-1] == ((4, 1, 144, 16) if takes_any_rows else (4, 12, 12, 16))
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    pairs = zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True)
+    for one, other in pairs:
+        _assert_close(one, other, 2e-5)
+
+
+class _OwnMlp(Mlp):
+    pass
+
+
+def test_changed_layers_have_no_kernels():
+    def has_kernels(block):
+        with compiled_for("tpu"), _on("TPU v5 lite"):
+            return block.has_mlp_kernels(jax.ShapeDtypeStruct((8, 12, 12, 128), jnp.bfloat16))
+
+    def changed(*path, part):
+        block = _block()
+        *parents, name = path
+        setattr(functools.reduce(getattr, parents, block), name, nnx.data(part))
+        return block
+
+    assert has_kernels(_block())
+    assert has_kernels(_block(drop_path_rate=0.0, res_scale_init=None))
+    rngs = nnx.Rngs(0)
+    blocks = [
+        _block(dtype=jnp.float32),
+        _block(norm=image_layer_norm),
+        _block(norm=functools.partial(layer_norm, use_bias=True)),
+        changed("mlp", part=_OwnMlp(128, dtype=jnp.bfloat16, rngs=rngs)),
+        changed("mlp", "act", part=nnx.Dropout(0.5)),
+        changed("mlp", "fc2", part=nnx.Linear(512, 128, dtype=jnp.bfloat16, rngs=rngs)),
+        changed("mlp", "fc1", part=Linear(128, 512, rngs=rngs)),
+        changed("norm2", part=nnx.LayerNorm(128, rngs=rngs)),
+        changed("res_scale2", part=nnx.Linear(128, 128, rngs=rngs)),
+        changed("drop_path2", part=nnx.Dropout(0.5, rngs=rngs)),
+    ]
+    assert not any(map(has_kernels, blocks))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "dim", "resolution", "expected"),
+    [
+        (SepConv, 128, 12, 0),
+        (SepConv, 64, 12, 2),
+        (Attention, 128, 12, 0),
+        (Attention, 128, 8, 2),
+    ],
+)
+def test_by_default_nothing_is_recomputed_for_kernels(mixer, dim, resolution, expected):
+    block = _block(mixer, dim, resolution=resolution)
+    graphdef, params, rest = nnx.split(block, nnx.Param, ...)
+    x = jnp.zeros((2, resolution, resolution, dim), jnp.bfloat16)
+
+    def loss(params):
+        return _loss(nnx.merge(graphdef, params, rest), x, remat=AUTO)
+
+    with compiled_for("tpu"), _on("TPU v5 lite"):
+        assert str(jax.make_jaxpr(jax.grad(loss))(params)).count("remat") == expected
+
+
+def _lowered(function, x, platform="tpu"):
+    with compiled_for("tpu"), _on("TPU v5 lite"):
+        return jax.jit(function).trace(x).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_programs_for_tpus_have_kernels():
+    block = _block(IdentityMixing)
+    x = jax.ShapeDtypeStruct((2, 12, 12, 128), jnp.bfloat16)
+
+    def loss(x):
+        return _loss(block, x)
+
+    def size_of_gradient(x):
+        return jnp.sum(jax.grad(loss)(x).astype(jnp.float32) ** 2)
+
+    # In two blocks. The last: also the passes back through what the first backward pass was given.
+    for function, num_kernels in ((loss, 2), (jax.grad(loss), 4), (jax.grad(size_of_gradient), 6)):
+        text = _lowered(function, x)
+        assert text.count("tpu_custom_call") == num_kernels
+        assert "kernel_cycles" in text
+        assert "tpu_custom_call" not in _lowered(function, x, "cpu")
