@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/kernel_schedules.py attention --tokens 196 --heads 10 16
     PYTHONPATH=. python benchmarks/kernel_schedules.py mlp --sizes 28x112x128 14x14x512
+    PYTHONPATH=. python benchmarks/kernel_schedules.py mlp --batch-size 128 --sizes 56x56x64
 
 The compiler writes the instructions of a kernel to a file, with those in which the chip waits for a
 result; their number is the time of one step in cycles, unless reading and writing it takes longer.
@@ -20,10 +21,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax.models import attention_mosaic, mlp_mosaic
+from metaformer_jax.models.mlp_forms import Rows, Turned
 from metaformer_jax.training.topology import topology_devices
 
 _BUNDLES = re.compile(r"total scheduled bundles: *(\d+)")
-_IMAGES = 4
 
 
 def main():
@@ -39,6 +40,9 @@ def main():
         default=[(28, 112, 128), (7, 112, 256), (14, 14, 512)],
         help="of the images of a stage in the form in which the MLP gets them",
     )
+    parser.add_argument(
+        "--batch-size", type=int, default=4, help="from 128 images on, they lie along the lanes"
+    )
     parser.add_argument("--topology", default="v5e:1x1")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +55,13 @@ def main():
         print(f"{'':24}  forward: scheduled, assumed  backward: scheduled, assumed", flush=True)
         for name, *kernels in _kernels(arguments):
             figures = (
-                _figures(*kernel, device=device, folder=pathlib.Path(folder)) for kernel in kernels
+                _figures(
+                    *kernel,
+                    images=arguments.batch_size,
+                    device=device,
+                    folder=pathlib.Path(folder),
+                )
+                for kernel in kernels
             )
             print(f"{name:24}{''.join(figures)}", flush=True)
 
@@ -61,13 +71,13 @@ def _kernels(arguments):
     if arguments.kernel == "attention":
         for tokens in arguments.tokens:
             for heads in arguments.heads:
-                yield _attention(tokens, heads, arguments.head_dim)
+                yield _attention(arguments.batch_size, tokens, heads, arguments.head_dim)
     else:
         for sizes in arguments.sizes:
-            yield _mlp(*sizes)
+            yield _mlp(arguments.batch_size, *sizes)
 
 
-def _attention(tokens, heads, head_dim):
+def _attention(images, tokens, heads, head_dim):
     def attend(packed):
         return attention_mosaic.attend(packed, heads)
 
@@ -75,36 +85,29 @@ def _attention(tokens, heads, head_dim):
         return attention_mosaic.gradients(packed, mixed, cotangent, heads)
 
     channels = heads * head_dim
-    packed, mixed = (((_IMAGES, tokens, size), jnp.bfloat16) for size in (3 * channels, channels))
+    packed, mixed = (((images, tokens, size), jnp.bfloat16) for size in (3 * channels, channels))
     return f"{heads} heads, {tokens} tokens", (attend, packed), (gradients, packed, mixed, mixed)
 
 
-def _mlp(height, width, channels):
+def _mlp(images, height, width, channels):
+    shape, hidden = (images, height, width, channels), 4 * channels
+    form = Turned.of(shape, hidden) or Rows.of(shape, hidden)
+
     def transform(*arrays):
-        return mlp_mosaic.transform(*arrays, epsilon=1e-6)
+        return mlp_mosaic.transform(form, *arrays, epsilon=1e-6)
 
     def gradients(*arrays):
-        return mlp_mosaic.gradients(*arrays, epsilon=1e-6)
+        return mlp_mosaic.gradients(form, *arrays, epsilon=1e-6)
 
-    x = mlp_mosaic.in_rows((_IMAGES, height, width, channels)), jnp.bfloat16
-    keep, row, up, down = (
-        (shape, jnp.float32)
-        for shape in (
-            (_IMAGES,),
-            (channels,),
-            (channels, 4 * channels),
-            (4 * channels, channels),
-        )
-    )
+    x = form.shape, jnp.bfloat16
+    shapes = (images,), (channels,), (channels, hidden), (hidden, channels)
+    keep, row, up, down = ((shape, jnp.float32) for shape in shapes)
     arrays = x, keep, row, up, down
-    return (
-        f"{height}x{width}, {channels} channels",
-        (transform, *arrays, row),
-        (gradients, *arrays, x),
-    )
+    name = f"{height}x{width}, {channels} channels"
+    return name, (transform, *arrays, row), (gradients, *arrays, x)
 
 
-def _figures(function, *arrays, device, folder):
+def _figures(function, *arrays, images, device, folder):
     for old in folder.iterdir():
         old.unlink()
     place = NamedSharding(Mesh(np.array([device]), "x"), PartitionSpec())
@@ -118,7 +121,7 @@ def _figures(function, *arrays, device, folder):
     scheduled = max(int(_BUNDLES.search(path.read_text())[1]) for path in schedules)
     num_steps = math.prod(kernel["grid_mapping"].grid)
     assumed = int(dict(kernel["metadata"])["kernel_cycles"])
-    return f"{scheduled * num_steps / _IMAGES:18,.0f} {assumed / _IMAGES:10,.0f}"
+    return f"{scheduled * num_steps / images:18,.0f} {assumed / images:10,.0f}"
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax.models import (
     Attention,
+    IdentityMixing,
     ImageKeys,
     MetaFormerBlock,
+    Pooling,
     SepConv,
     layer_norm,
     without_kernels,
@@ -28,7 +30,12 @@ from metaformer_jax.training.hlo import read_program
 from metaformer_jax.training.memory import memory_of
 from metaformer_jax.training.topology import topology_devices
 
-MIXERS = {"convolution": SepConv, "attention": Attention}
+MIXERS = {
+    "convolution": SepConv,
+    "attention": Attention,
+    "identity": IdentityMixing,
+    "pooling": Pooling,
+}
 
 
 def main():

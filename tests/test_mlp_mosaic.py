@@ -20,21 +20,30 @@ from metaformer_jax.models import (
 from metaformer_jax.models.lanes import compiled_for
 from metaformer_jax.models.layers import Linear, Mlp, image_layer_norm
 from metaformer_jax.models.mixers import IdentityMixing, Pooling
+from metaformer_jax.models.mlp_forms import Rows, Turned
 from metaformer_jax.models.residual_mlp import residual_mlp
 from metaformer_jax.models.stages import AUTO, run_blocks
 
 EPSILON = 1e-3
 
 
-def _arrays(shape, dtype=jnp.float32, *, has_shortcut=True):
+def _shape(form):
+    """That of the images."""
+    if isinstance(form, Rows):
+        return form.shape
+    n, c, b = form.shape
+    return b, 1, n, c
+
+
+def _arrays(shape, num_hidden, dtype=jnp.float32, *, has_shortcut=True):
     b, *_, c = shape
     keys = jax.random.split(jax.random.key(0), 7)
     return (
         jax.random.normal(keys[0], shape, dtype) * 2 + 1,
-        jnp.array([0, 1.25, 1, 2])[:b],
+        jnp.arange(b) / b,
         jax.random.normal(keys[1], (c,)) if has_shortcut else None,
-        jax.random.normal(keys[2], (c, 3 * c)) / c**0.5,
-        jax.random.normal(keys[3], (3 * c, c)) / c**0.5,
+        jax.random.normal(keys[2], (c, num_hidden)) / c**0.5,
+        jax.random.normal(keys[3], (num_hidden, c)) / num_hidden**0.5,
         jax.random.normal(keys[4], (c,)),
     ), jax.random.normal(keys[5], shape, dtype)
 
@@ -46,13 +55,18 @@ def _expected(x, keep, shortcut, up, down, offset):
     return (x if shortcut is None else shortcut * x) + keep[:, None, None, None] * branch
 
 
-def _by_kernels(arrays, cotangent):
+def _by_kernels(form, arrays, cotangent):
     """The result, and the gradients of all arrays but the factors of images."""
     x, keep, shortcut, up, down, offset = arrays
-    run = {"epsilon": EPSILON, "interpret": True}
-    return mlp_mosaic.transform(x, keep, shortcut, up, down, offset, **run), mlp_mosaic.gradients(
-        x, keep, shortcut, up, down, cotangent, **run
-    )
+    run = functools.partial(mlp_mosaic.transform, epsilon=EPSILON, interpret=True)
+    run_back = functools.partial(mlp_mosaic.gradients, epsilon=EPSILON, interpret=True)
+
+    def left(array):
+        return form.leave(array).reshape(x.shape)
+
+    result = run(form, form.enter(x), keep, shortcut, up, down, offset)
+    by_x, *others = run_back(form, form.enter(x), keep, shortcut, up, down, form.enter(cotangent))
+    return left(result), (left(by_x), *others)
 
 
 def _assert_close(actual, expected, tolerance):
@@ -64,34 +78,38 @@ def _assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("shape", "has_shortcut", "num_cores"),
+    ("form", "grid", "has_shortcut"),
     [
         # Several rows in a step, one row in several products, several steps, tokens that do not
-        # fill tiles, and images that cores of a chip can or cannot share.
-        ((3, 4, 48, 16), True, 1),
-        ((3, 1, 416, 16), False, 2),
-        ((2, 2, 864, 8), True, 2),
-        ((4, 1, 133, 24), False, 2),
+        # fill tiles, and images that the cores of a chip can or cannot share.
+        (Rows((3, 4, 48, 16), 48), (1, 3, 1, 1), True),
+        (Rows((3, 1, 416, 16), 48), (1, 3, 1, 1), False),
+        (Rows((2, 2, 864, 8), 24), (2, 1, 2, 2), True),
+        (Rows((4, 1, 133, 24), 72), (2, 2, 1, 1), False),
+        # Several pixels in a product, several steps, and more images than lanes.
+        (Turned((6, 16, 128), 48), (1, 1, 1), True),
+        (Turned((66, 8, 256), 24), (1, 2, 11), False),
+        (Turned((8, 8, 128), 2048), (2, 1, 1), True),
     ],
 )
-def test_values_and_gradients_are_those_of_autodiff(shape, has_shortcut, num_cores, monkeypatch):
-    monkeypatch.setattr(mlp_mosaic, "_num_cores", lambda: num_cores)
-    arrays, cotangent = _arrays(shape, has_shortcut=has_shortcut)
-    assert mlp_mosaic.in_rows(shape) == shape
+def test_values_and_gradients_are_those_of_autodiff(form, grid, has_shortcut, monkeypatch):
+    monkeypatch.setattr(mlp_mosaic, "_num_cores", lambda: 2)
+    assert form.grid(2) == grid
+    arrays, cotangent = _arrays(_shape(form), form.num_hidden, has_shortcut=has_shortcut)
     expected, vjp = jax.vjp(_expected, *arrays)
     by_x, _, *others = vjp(cotangent)
-    result, gradients = _by_kernels(arrays, cotangent)
+    result, gradients = _by_kernels(form, arrays, cotangent)
     _assert_close(result, expected, 1e-6)
     for actual, gradient in zip(gradients, (by_x, *others), strict=True):
         _assert_close(actual, gradient, 5e-6)
 
 
 def test_in_bfloat16_only_what_is_multiplied_is_rounded():
-    arrays, cotangent = _arrays((4, 8, 112, 16), jnp.bfloat16)
+    arrays, cotangent = _arrays((4, 8, 112, 16), 64, jnp.bfloat16)
     wide = [array.astype(jnp.float32) for array in arrays]
     expected, vjp = jax.vjp(_expected, *wide)
     by_x, _, *others = vjp(cotangent.astype(jnp.float32))
-    result, gradients = _by_kernels(arrays, cotangent)
+    result, gradients = _by_kernels(Rows((4, 8, 112, 16), 64), arrays, cotangent)
     assert result.dtype == gradients[0].dtype == jnp.bfloat16
     assert all(gradient.dtype == jnp.float32 for gradient in gradients[1:])
     # Eight bits: of what is multiplied, and of the result. Over 3,584 tokens no error adds up.
@@ -100,10 +118,11 @@ def test_in_bfloat16_only_what_is_multiplied_is_rounded():
         _assert_close(actual, wide_one, 2**-7)
 
 
-def test_without_kernels_the_function_is_the_same():
-    arrays, cotangent = _arrays((4, 14, 14, 16))
+@pytest.mark.parametrize("form", [Rows((4, 1, 42, 16), 64), Turned((42, 16, 4), 64)])
+def test_without_kernels_the_function_is_the_same(form):
+    arrays, cotangent = _arrays((4, 6, 7, 16), 64)
     expected, vjp = jax.vjp(_expected, *arrays)
-    result, own_vjp = jax.vjp(functools.partial(residual_mlp, epsilon=EPSILON), *arrays)
+    result, own_vjp = jax.vjp(functools.partial(residual_mlp, form, epsilon=EPSILON), *arrays)
     _assert_close(result, expected, 1e-6)
     for position, (actual, gradient) in enumerate(
         zip(own_vjp(cotangent), vjp(cotangent), strict=True)
@@ -115,50 +134,60 @@ def test_without_kernels_the_function_is_the_same():
 @pytest.mark.parametrize(
     ("shape", "dtype", "expected"),
     [
-        ((64, 28, 112, 128), jnp.bfloat16, True),
-        ((64, 7, 112, 256), jnp.bfloat16, True),
-        ((64, 14, 14, 512), jnp.bfloat16, True),
-        ((64, 1, 196, 512), jnp.bfloat16, True),
-        ((128, 28, 28, 128), jnp.bfloat16, True),
-        ((8, 24, 24, 512), jnp.bfloat16, True),
-        ((64, 14, 14, 512), jnp.float32, False),
-        ((64, 14, 14, 512), jnp.float16, False),
-        # Channels that fill no tiles, in lanes of which a sixth or half would be empty.
-        ((128, 14, 14, 320), jnp.bfloat16, False),
-        ((128, 56, 56, 64), jnp.bfloat16, False),
-        # Few tokens, and a number of them that no tiles divide.
-        ((64, 7, 7, 768), jnp.bfloat16, False),
-        ((64, 15, 15, 512), jnp.bfloat16, False),
-        ((0, 14, 14, 512), jnp.bfloat16, False),
+        ((64, 28, 112, 128), jnp.bfloat16, Rows((64, 28, 112, 128), 512)),
+        ((64, 14, 14, 512), jnp.bfloat16, Rows((64, 1, 196, 512), 2048)),
+        ((64, 28, 28, 128), jnp.bfloat16, Rows((64, 1, 784, 128), 512)),
+        ((8, 24, 24, 512), jnp.bfloat16, Rows((8, 1, 576, 512), 2048)),
+        # Images fill the lanes.
+        ((128, 56, 56, 64), jnp.bfloat16, Turned((3136, 64, 128), 256)),
+        ((256, 28, 28, 128), jnp.bfloat16, Turned((784, 128, 256), 512)),
+        ((128, 7, 7, 512), jnp.bfloat16, Turned((49, 512, 128), 2048)),
+        ((64, 14, 14, 512), jnp.float32, None),
+        ((64, 14, 14, 512), jnp.float16, None),
+        # Channels that do not fill the lanes, as long as images do not.
+        ((64, 14, 14, 320), jnp.bfloat16, None),
+        # Few tokens, a number of them that no tiles divide, and tiles that are half empty.
+        ((64, 7, 7, 768), jnp.bfloat16, None),
+        ((64, 15, 15, 512), jnp.bfloat16, None),
+        ((128, 13, 13, 24), jnp.bfloat16, None),
+        ((128, 13, 13, 64), jnp.bfloat16, None),
+        ((0, 14, 14, 512), jnp.bfloat16, None),
         # Weights that fill the vector memory.
-        ((64, 14, 14, 2048), jnp.bfloat16, False),
+        ((64, 14, 14, 2048), jnp.bfloat16, None),
     ],
 )
 def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
     x = jax.ShapeDtypeStruct(shape, dtype)
     with compiled_for("tpu"), _on("TPU v5 lite"):
-        assert mlp_mosaic.has_kernels(x, 4 * shape[-1]) == expected
+        assert mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=True) == expected
+        in_rows = mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=False)
+        assert not isinstance(in_rows, Turned)
+        assert in_rows == expected or shape[0] >= 128
         with without_kernels():
-            assert not mlp_mosaic.has_kernels(x, 4 * shape[-1])
-    assert not mlp_mosaic.has_kernels(x, 4 * shape[-1])
+            assert mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=True) is None
+    assert mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=True) is None
 
 
 @pytest.mark.parametrize(
-    ("chip", "most_channels"), [("TPU v4", 256), ("TPU v5p", 768), ("TPU v6 lite", 1152), ("", 256)]
+    ("chip", "most_channels"),
+    [("TPU v4", 256), ("TPU v5p", 768), ("TPU v6 lite", 1152), ("", 256)],
 )
 def test_weights_and_their_gradients_fit_into_the_vector_memory(chip, most_channels):
     with compiled_for("tpu"), _on(chip) if chip else jax.sharding.use_abstract_mesh(_mesh()):
-        fits = [
-            mlp_mosaic.has_kernels(jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16), 4 * c)
+        forms = [
+            mlp_mosaic.form_of(
+                jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16), 4 * c, may_turn=False
+            )
             for c in (most_channels, most_channels + 128)
         ]
-    assert fits == [True, False]
+    assert [form is not None for form in forms] == [True, False]
 
 
 def test_images_of_unknown_number_have_none():
     (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 28, 28, 128), jnp.bfloat16)
     with compiled_for("tpu"):
-        assert not mlp_mosaic.has_kernels(jax.ShapeDtypeStruct((batch, 28, 28, 128), "bfloat16"), 8)
+        assert mlp_mosaic.form_of(x, 512, may_turn=True) is None
 
 
 def _mesh(**options):
@@ -213,11 +242,17 @@ def test_a_block_is_the_same_with_and_without(mixer, options, how, monkeypatch):
     value_and_grad = nnx.value_and_grad(functools.partial(_loss, **how), argnums=(0, 1))
     expected = value_and_grad(block, x)
     calls = []
-    # The function that the kernels compute, which is run in their place, has no limits.
-    monkeypatch.setattr(mlp_mosaic, "has_kernels", lambda x, _: calls.append(x.shape) or True)
+
+    def form_of(x, num_hidden, *, may_turn):
+        """Whatever the limits of the kernels: what they compute is run in their place."""
+        calls.append(x.shape)
+        b, h, w, c = x.shape
+        turned = Turned((h * w, c, b), num_hidden)
+        return turned if may_turn else Rows((b, 1, h * w, c), num_hidden)
+
+    monkeypatch.setattr(mlp_mosaic, "form_of", form_of)
     actual = value_and_grad(block, x)
-    takes_any_rows = mixer in (Attention, IdentityMixing)
-    assert calls[-1] == ((4, 1, 144, 16) if takes_any_rows else (4, 12, 12, 16))
+    assert calls[-1] == ((4, 1, 144, 16) if mixer is Attention else (4, 12, 12, 16))
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
     pairs = zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True)
     for one, other in pairs:
@@ -231,7 +266,8 @@ class _OwnMlp(Mlp):
 def test_changed_layers_have_no_kernels():
     def has_kernels(block):
         with compiled_for("tpu"), _on("TPU v5 lite"):
-            return block.has_mlp_kernels(jax.ShapeDtypeStruct((8, 12, 12, 128), jnp.bfloat16))
+            x = jax.ShapeDtypeStruct((8, 12, 12, 128), jnp.bfloat16)
+            return block.mlp_form(x) is not None
 
     def changed(*path, part):
         block = _block()

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from metaformer_jax.models import mlp_mosaic
 from metaformer_jax.models.layers import DropPath, ImageKeys, Linear, Mlp, NormFn, ResScale
 from metaformer_jax.models.mixers import Attention, IdentityMixing, SepConv, TokenMixerFn
+from metaformer_jax.models.mlp_forms import Form, Rows
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.residual_mlp import residual_mlp
 from metaformer_jax.models.star_relu import StarReLU
@@ -71,9 +72,8 @@ class MetaFormerBlock(nnx.Module):
         """`x` in the form of the mixer (see `SepConv.fold`), or that of kernels for the MLP."""
         if isinstance(self.token_mixer, SepConv):
             return self.token_mixer.fold(x)
-        if type(self.token_mixer) in _TAKE_ANY_ROWS and self.has_mlp_kernels(x):
-            return x.reshape(mlp_mosaic.in_rows(x.shape))
-        return x
+        form = self.mlp_form(x) if type(self.token_mixer) in _TAKE_ANY_ROWS else None
+        return form.enter(x) if isinstance(form, Rows) else x
 
     def mix_tokens(
         self,
@@ -95,16 +95,19 @@ class MetaFormerBlock(nnx.Module):
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b h w c"]:
         """The second half of the block, with the MLP."""
-        if self.has_mlp_kernels(x):
-            return self._transform_by_kernels(x, rngs)
+        if (form := self.mlp_form(x)) is not None:
+            return self._transform_by_kernels(form, x, rngs)
         x, normalized = _beside(self.norm2, x)
         branch = self.mlp(normalized)
         return _add_branch(x, branch, self.drop_path2, self.res_scale2, rngs)
 
-    def has_mlp_kernels(self, x: Float[Array, "b h w c"]) -> bool:
-        """Whether the second half has kernels: with the published layers, no subclass of them."""
+    def mlp_form(self, x: Float[Array, "b h w c"]) -> Form | None:
+        """That in which kernels for TPUs take `x` for the second half; None without kernels.
+
+        There are some for the published layers, not for subclasses of them.
+        """
         norm, mlp = self.norm2, self.mlp
-        return (
+        is_published = (
             type(norm) is LayerNorm
             and norm.bias is None
             and norm.reduction_axes in (-1, (-1,))
@@ -113,11 +116,15 @@ class MetaFormerBlock(nnx.Module):
             and type(self.drop_path2) in (DropPath, NoneType)
             and type(self.res_scale2) in (ResScale, NoneType)
             and mlp.fc1.dtype == mlp.fc2.dtype == x.dtype
-            and mlp_mosaic.has_kernels(x, mlp.fc1.out_features)
         )
+        if not is_published:
+            return None
+        # Attention takes matrices of the tokens of an image.
+        may_turn = not isinstance(self.token_mixer, Attention)
+        return mlp_mosaic.form_of(x, mlp.fc1.out_features, may_turn=may_turn)
 
     def _transform_by_kernels(
-        self, x: Float[Array, "b h w c"], rngs: nnx.Rngs | ImageKeys | None
+        self, form: Form, x: Float[Array, "b h w c"], rngs: nnx.Rngs | ImageKeys | None
     ) -> Float[Array, "b h w c"]:
         norm: Any = self.norm2
         fc1, act, fc2 = self.mlp.fc1, self.mlp.act, self.mlp.fc2
@@ -132,6 +139,7 @@ class MetaFormerBlock(nnx.Module):
         if self.res_scale2 is not None:
             shortcut = jnp.asarray(self.res_scale2.scale[...], jnp.float32)
         return residual_mlp(
+            form,
             x,
             keep.reshape(-1),
             shortcut,

@@ -13,9 +13,11 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models import mlp_mosaic
 from metaformer_jax.models.kernels import differentiated_as
+from metaformer_jax.models.mlp_forms import Form
 
 
 def residual_mlp(
+    form: Form,
     x: Float[Array, "b h w c"],
     keep: Float[Array, " b"],
     shortcut: Float[Array, " c"] | None,
@@ -32,7 +34,8 @@ def residual_mlp(
     by `up` and `down` has the dtype of `x`. Only the arguments are kept for the backward pass.
 
     Args:
-        x: the input of the block's second half, of a shape and dtype that has kernels.
+        form: in which the kernels take `x`.
+        x: the input of the block's second half.
         keep: a factor for each image, which is taken as a constant: its gradient is zero.
         shortcut: float32; None for ones.
         up: from the channels to those of the hidden layer, float32.
@@ -40,27 +43,29 @@ def residual_mlp(
         offset: float32.
         epsilon: of the norm.
     """
-    rows = x.reshape(mlp_mosaic.in_rows(x.shape))
-    return _residual_mlp(epsilon, rows, keep, shortcut, up, down, offset).reshape(x.shape)
+    arrays = form.enter(x), keep, shortcut, up, down, offset
+    return form.leave(_residual_mlp(form, epsilon, *arrays)).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _residual_mlp(epsilon: float, *arrays: Any) -> Array:
-    plain = functools.partial(_plain, epsilon=epsilon)
-    kernel = functools.partial(mlp_mosaic.transform, epsilon=epsilon)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _residual_mlp(form: Form, epsilon: float, *arrays: Any) -> Array:
+    plain = functools.partial(_plain, form, epsilon=epsilon)
+    kernel = functools.partial(mlp_mosaic.transform, form, epsilon=epsilon)
     return lax.platform_dependent(*arrays, tpu=differentiated_as(plain, kernel), default=plain)
 
 
-def _forward(epsilon: float, *arrays: Any) -> tuple[Array, tuple[Any, ...]]:
-    return _residual_mlp(epsilon, *arrays), arrays
+def _forward(form: Form, epsilon: float, *arrays: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _residual_mlp(form, epsilon, *arrays), arrays
 
 
-def _backward(epsilon: float, arrays: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
+def _backward(
+    form: Form, epsilon: float, arrays: tuple[Any, ...], cotangent: Array
+) -> tuple[Any, ...]:
     def plain(*arrays: Any) -> tuple[Any, ...]:
         *inputs, cotangent = arrays
-        return jax.vjp(functools.partial(_plain, epsilon=epsilon), *inputs)[1](cotangent)
+        return jax.vjp(functools.partial(_plain, form, epsilon=epsilon), *inputs)[1](cotangent)
 
-    kernel = functools.partial(_by_kernel, epsilon=epsilon)
+    kernel = functools.partial(_by_kernel, form, epsilon=epsilon)
     return lax.platform_dependent(
         *arrays, cotangent, tpu=differentiated_as(plain, kernel), default=plain
     )
@@ -70,6 +75,7 @@ _residual_mlp.defvjp(_forward, _backward)
 
 
 def _by_kernel(
+    form: Form,
     x: Array,
     keep: Array,
     shortcut: Array | None,
@@ -81,11 +87,14 @@ def _by_kernel(
     epsilon: float,
 ) -> tuple[Any, ...]:
     del offset
-    by_x, *others = mlp_mosaic.gradients(x, keep, shortcut, up, down, cotangent, epsilon=epsilon)
+    by_x, *others = mlp_mosaic.gradients(
+        form, x, keep, shortcut, up, down, cotangent, epsilon=epsilon
+    )
     return by_x, jnp.zeros_like(keep), *others
 
 
 def _plain(
+    form: Form,
     x: Array,
     keep: Array,
     shortcut: Array | None,
@@ -100,10 +109,11 @@ def _plain(
             x.astype(dtype), weights.astype(dtype), preferred_element_type=weights.dtype
         )
 
-    wide = x.astype(up.dtype)
+    wide = form.leave(x).astype(up.dtype)
     centred = wide - wide.mean(-1, keepdims=True)
     normalized = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
     squares = jnp.square(jnp.maximum(multiply(normalized, up, x.dtype), 0))
     branch = multiply(squares, down, x.dtype) + offset
     kept = wide if shortcut is None else wide * shortcut
-    return (kept + lax.stop_gradient(keep)[:, None, None, None] * branch).astype(x.dtype)
+    result = (kept + lax.stop_gradient(keep)[:, None, None] * branch).astype(x.dtype)
+    return form.enter(result[:, None])

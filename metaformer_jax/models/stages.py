@@ -59,7 +59,7 @@ def _remat_of(remat: str, block: Any, x: Array) -> str:
     if remat != AUTO:
         return remat
     # The kernels of the second half keep its input alone, whatever else is recomputed.
-    return "none" if block.has_mlp_kernels(x) else "mlp"
+    return "mlp" if block.mlp_form(x) is None else "none"
 
 
 def run_blocks(

@@ -1,0 +1,259 @@
+"""The two forms in which the kernels of `mlp_mosaic` take images, and how they divide them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from metaformer_jax.models.lanes import LANES, fill_lanes
+
+# Rows of a tile of 16-bit numbers.
+_SUBLANES = 16
+# With fewer tokens of an image in a row XLA's own operations are estimated to be faster.
+_FEWEST_TOKENS = 128
+# Tokens of one product of matrices, and of one step of a kernel, while which the arrays of the next
+# one are read.
+_FEWEST_AT_ONCE, _MOST_AT_ONCE, _MOST_OF_STEP = 48, 208, 784
+# The same for images along the lanes: pixels of 128 images.
+_MOST_PIXELS_AT_ONCE, _MOST_PIXELS_OF_STEP = 8, 32
+# Numbers in the hidden layer of the tokens of one product, and of one step.
+_FEWEST_HIDDEN, _MOST_HIDDEN, _MOST_HIDDEN_OF_STEP = 2**16, 2**18, 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Arrays `[b, h, w, c]` with the channels along the lanes: the tokens of a row are a matrix.
+
+    Attributes:
+        shape: of the array; its rows fill tiles, or there is a single one.
+        num_hidden: channels of the hidden layer.
+    """
+
+    shape: tuple[int, int, int, int]
+    num_hidden: int
+    # Those of a matrix of tokens.
+    token_axis: ClassVar[int] = 0
+    channel_axis: ClassVar[int] = 1
+    # Cycles of a step of the kernels, beside those that the matrix units take, and how many times
+    # as many it is of these: from 10 % less to 6 % more than in the kernels' schedules for v5e. The
+    # compiler, which estimates its own operations, leaves kernels out.
+    forward_cycles: ClassVar[tuple[int, float]] = (600, 2 * 1.05)
+    backward_cycles: ClassVar[tuple[int, float]] = (700, 5 * 1.15)
+
+    @classmethod
+    def of(cls, shape: Sequence[int], num_hidden: int) -> "Rows | None":
+        """The form of such images; None if it is not estimated to gain."""
+        b, h, w, c = shape
+        if w % _SUBLANES or not _tokens_at_once(w):
+            h, w = 1, h * w
+        fills_lanes = c % LANES == num_hidden % LANES == 0
+        is_taken = b > 0 and h * w >= _FEWEST_TOKENS and _tokens_at_once(w) and fills_lanes
+        return cls((b, h, w, c), num_hidden) if is_taken else None
+
+    def enter(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return x.reshape(self.shape)
+
+    def leave(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n c"]:
+        b, _, _, c = self.shape
+        return x.reshape(b, -1, c)
+
+    @property
+    def num_channels(self) -> int:
+        return self.shape[3]
+
+    @property
+    def step(self) -> tuple[int, ...]:
+        """Of the array, what a kernel takes in a step: tokens of one image."""
+        _, h, w, c = self.shape
+        size = _tokens_at_once(w)
+        tokens = _largest_divisor(w, size, size, _MOST_OF_STEP)
+        num_rows = _largest_divisor(h, 1, 1, _MOST_OF_STEP // tokens) if tokens == w else 1
+        return 1, num_rows, tokens, c
+
+    @property
+    def num_tokens_of_step(self) -> int:
+        """With those that would fill the tiles."""
+        _, num_rows, tokens, _ = self.step
+        return num_rows * math.ceil(tokens / _SUBLANES) * _SUBLANES
+
+    @property
+    def num_tokens_at_once(self) -> int:
+        return _tokens_at_once(self.shape[2])
+
+    @property
+    def parts(self) -> list[Any]:
+        """Of a step, the tokens of each product."""
+        _, num_rows, tokens, _ = self.step
+        size = self.num_tokens_at_once
+        starts = range(0, tokens, size)
+        return [(0, row, slice(at, at + size)) for row in range(num_rows) for at in starts]
+
+    def grid(self, num_cores: int) -> tuple[int, ...]:
+        """Cores, steps of the images of each, steps of an image."""
+        _, num_rows, tokens, _ = self.step
+        b, h, w, _ = self.shape
+        cores = math.gcd(b, num_cores)
+        return cores, b // cores, h // num_rows, w // tokens
+
+    def blocks(self, num_cores: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+        """Of the factors of images, and of the array."""
+        # Programs for other platforms do not wait for this import.
+        from jax.experimental.pallas import tpu as mosaic
+
+        images_of_core = self.grid(num_cores)[1]
+
+        def place(core: Any, image: Any, *others: Any) -> tuple[Any, ...]:
+            return core * images_of_core + image, *others, 0
+
+        return pl.BlockSpec(memory_space=mosaic.SMEM), pl.BlockSpec(self.step, place)
+
+    def factors(self, keep: Float[Array, " b"]) -> Float[Array, " b"]:
+        return keep
+
+    def factor(self, keep: Any) -> Any:
+        """In a kernel, that of the tokens of a product."""
+        return keep[pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
+
+    def read(self, array: Any, part: Any) -> Float[Array, "t c"]:
+        return array[part].astype(jnp.float32)
+
+    def write(self, array: Any, part: Any, tokens: Float[Array, "t c"]) -> None:
+        array[part] = tokens.astype(array.dtype)
+
+    def apply(self, weights: Any, tokens: Float[Array, "t c"], axis: int) -> Float[Array, "t d"]:
+        """The products of all tokens and `weights`, summed over this axis of the weights."""
+        return product(tokens, weights[...], (1, axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class Turned:
+    """Arrays `[n, c, b]`, with the images along the lanes: `n` pixels of 128 images are matrices.
+
+    Convolutions have images in this form if they fill the lanes (`lanes.fill_lanes`).
+
+    Attributes:
+        shape: of the array.
+        num_hidden: channels of the hidden layer.
+    """
+
+    shape: tuple[int, int, int]
+    num_hidden: int
+    token_axis: ClassVar[int] = 1
+    channel_axis: ClassVar[int] = 0
+    # From 18 % less to 12 % more than in the schedules.
+    forward_cycles: ClassVar[tuple[int, float]] = (600, 2 * 1.02)
+    backward_cycles: ClassVar[tuple[int, float]] = (700, 5 * 1.05)
+
+    @classmethod
+    def of(cls, shape: Sequence[int], num_hidden: int) -> "Turned | None":
+        """The form of such images; None if it is not estimated to gain."""
+        b, h, w, c = shape
+        form = cls((h * w, c, b), num_hidden)
+        fills_tiles = fill_lanes(b) and c % _SUBLANES == num_hidden % _SUBLANES == 0
+        is_large = b > 0 and form.num_tokens_at_once * num_hidden >= _FEWEST_HIDDEN
+        return form if fills_tiles and is_large else None
+
+    def enter(self, x: Float[Array, "b h w c"]) -> Float[Array, "n c b"]:
+        return x.transpose(1, 2, 3, 0).reshape(self.shape)
+
+    def leave(self, x: Float[Array, "n c b"]) -> Float[Array, "b n c"]:
+        return x.transpose(2, 0, 1)
+
+    @property
+    def num_channels(self) -> int:
+        return self.shape[1]
+
+    @property
+    def step(self) -> tuple[int, ...]:
+        """Of the array, what a kernel takes in a step: pixels of as many images as fill lanes."""
+        n, c, _ = self.shape
+        size = self.num_tokens_at_once // LANES
+        most = min(_MOST_HIDDEN_OF_STEP // (LANES * self.num_hidden), _MOST_PIXELS_OF_STEP)
+        return _largest_divisor(n, size, size, most), c, LANES
+
+    @property
+    def num_tokens_of_step(self) -> int:
+        return self.step[0] * LANES
+
+    @property
+    def num_tokens_at_once(self) -> int:
+        most = min(_MOST_HIDDEN // (LANES * self.num_hidden), _MOST_PIXELS_AT_ONCE)
+        return _largest_divisor(self.shape[0], 1, 1, max(most, 1)) * LANES
+
+    @property
+    def parts(self) -> list[Any]:
+        """Of a step, the pixels of each product."""
+        size = self.num_tokens_at_once // LANES
+        return [range(at, at + size) for at in range(0, self.step[0], size)]
+
+    def grid(self, num_cores: int) -> tuple[int, ...]:
+        """Cores, lanes full of images, steps of the pixels of each core."""
+        n, _, b = self.shape
+        num_steps = n // self.step[0]
+        cores = math.gcd(num_steps, num_cores)
+        return cores, b // LANES, num_steps // cores
+
+    def blocks(self, num_cores: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+        """Of the factors of images, and of the array."""
+        steps_of_core = self.grid(num_cores)[2]
+
+        def place(core: Any, images: Any, pixels: Any) -> tuple[Any, ...]:
+            return core * steps_of_core + pixels, 0, images
+
+        return pl.BlockSpec((1, LANES), lambda _, images, __: (0, images)), pl.BlockSpec(
+            self.step, place
+        )
+
+    def factors(self, keep: Float[Array, " b"]) -> Float[Array, "1 b"]:
+        return keep[None]
+
+    def factor(self, keep: Any) -> Any:
+        """In a kernel, those of the tokens of a product."""
+        return jnp.concatenate([keep[...]] * (self.num_tokens_at_once // LANES), axis=1)
+
+    def read(self, array: Any, part: Any) -> Float[Array, "c t"]:
+        return jnp.concatenate([array[pixel] for pixel in part], axis=1).astype(jnp.float32)
+
+    def write(self, array: Any, part: Any, tokens: Float[Array, "c t"]) -> None:
+        for number, pixel in enumerate(part):
+            images = slice(number * LANES, (number + 1) * LANES)
+            array[pixel] = tokens[:, images].astype(array.dtype)
+
+    def apply(self, weights: Any, tokens: Float[Array, "c t"], axis: int) -> Float[Array, "d t"]:
+        """The products of all tokens and `weights`, summed over this axis of the weights."""
+        return product(weights[...], tokens, (axis, 0))
+
+
+Form = Rows | Turned
+
+
+def num_bytes(form: Form) -> int:
+    """The vector memory for the kernels: as the backward pass needs, which is more, and some more."""
+    arrays = 3 * 2 * 2 * math.prod(form.step)
+    weights = 2 * form.num_channels * form.num_hidden * (2 + 4)
+    hidden = 2 * form.num_tokens_at_once * form.num_hidden * 12
+    return (arrays + weights + hidden) * 5 // 4 + 2 * 2**20
+
+
+def product(a: Array, b: Array, axes: tuple[int, int]) -> Float[Array, "m n"]:
+    """The product of two matrices, summed in float32 over one axis of each."""
+    first, second = axes
+    summed = (((first,), (second,)), ((), ()))
+    return lax.dot_general(a, b, summed, preferred_element_type=jnp.float32)
+
+
+def _tokens_at_once(across: int) -> int:
+    """How many tokens of a row the matrices of a product have; 0 if no number is good."""
+    if across <= _MOST_AT_ONCE:
+        return across if across >= _FEWEST_AT_ONCE else 0
+    return _largest_divisor(across, _SUBLANES, _FEWEST_AT_ONCE, _MOST_AT_ONCE)
+
+
+def _largest_divisor(number: int, multiple_of: int, least: int, most: int) -> int:
+    sizes = range(least, max(least, most) + 1, multiple_of)
+    return max((size for size in sizes if number % size == 0), default=0)
