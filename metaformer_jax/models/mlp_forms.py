@@ -56,9 +56,11 @@ class Rows:
         return cls((b, h, w, c), num_hidden) if is_taken else None
 
     def enter(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Images in this form."""
         return x.reshape(self.shape)
 
     def leave(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n c"]:
+        """The tokens of each image, of an array in this form."""
         b, _, _, c = self.shape
         return x.reshape(b, -1, c)
 
@@ -113,6 +115,7 @@ class Rows:
         return pl.BlockSpec(memory_space=mosaic.SMEM), pl.BlockSpec(self.step, place)
 
     def factors(self, keep: Float[Array, " b"]) -> Float[Array, " b"]:
+        """Those of images, as the kernels take them."""
         return keep
 
     def factor(self, keep: Any) -> Any:
@@ -120,9 +123,11 @@ class Rows:
         return keep[pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
 
     def read(self, array: Any, part: Any) -> Float[Array, "t c"]:
+        """In a kernel, the tokens of a part."""
         return array[part].astype(jnp.float32)
 
     def write(self, array: Any, part: Any, tokens: Float[Array, "t c"]) -> None:
+        """In a kernel, writes the tokens of a part."""
         array[part] = tokens.astype(array.dtype)
 
     def apply(self, weights: Any, tokens: Float[Array, "t c"], axis: int) -> Float[Array, "t d"]:
@@ -159,9 +164,11 @@ class Turned:
         return form if fills_tiles and is_large else None
 
     def enter(self, x: Float[Array, "b h w c"]) -> Float[Array, "n c b"]:
+        """Images in this form."""
         return x.transpose(1, 2, 3, 0).reshape(self.shape)
 
     def leave(self, x: Float[Array, "n c b"]) -> Float[Array, "b n c"]:
+        """The tokens of each image, of an array in this form."""
         return x.transpose(2, 0, 1)
 
     @property
@@ -210,6 +217,7 @@ class Turned:
         )
 
     def factors(self, keep: Float[Array, " b"]) -> Float[Array, "1 b"]:
+        """Those of images, as the kernels take them."""
         return keep[None]
 
     def factor(self, keep: Any) -> Any:
@@ -217,9 +225,11 @@ class Turned:
         return jnp.concatenate([keep[...]] * (self.num_tokens_at_once // LANES), axis=1)
 
     def read(self, array: Any, part: Any) -> Float[Array, "c t"]:
+        """In a kernel, the tokens of a part."""
         return jnp.concatenate([array[pixel] for pixel in part], axis=1).astype(jnp.float32)
 
     def write(self, array: Any, part: Any, tokens: Float[Array, "c t"]) -> None:
+        """In a kernel, writes the tokens of a part."""
         for number, pixel in enumerate(part):
             images = slice(number * LANES, (number + 1) * LANES)
             array[pixel] = tokens[:, images].astype(array.dtype)
@@ -233,7 +243,7 @@ Form = Rows | Turned
 
 
 def num_bytes(form: Form) -> int:
-    """The vector memory for the kernels: as the backward pass needs, which is more, and some more."""
+    """The vector memory for the kernels: what the backward pass, the larger one, needs at most."""
     arrays = 3 * 2 * 2 * math.prod(form.step)
     weights = 2 * form.num_channels * form.num_hidden * (2 + 4)
     hidden = 2 * form.num_tokens_at_once * form.num_hidden * 12
