@@ -102,9 +102,9 @@ def _mlp(images, height, width, channels):
     x = form.shape, jnp.bfloat16
     shapes = (images,), (channels,), (channels, hidden), (hidden, channels)
     keep, row, up, down = ((shape, jnp.float32) for shape in shapes)
-    arrays = x, keep, row, up, down
+    arrays = x, keep, row, up, down, row
     name = f"{height}x{width}, {channels} channels"
-    return name, (transform, *arrays, row), (gradients, *arrays, x)
+    return name, (transform, *arrays), (gradients, *arrays, x)
 
 
 def _figures(function, *arrays, images, device, folder):

@@ -57,15 +57,16 @@ def _expected(x, keep, shortcut, up, down, offset):
 
 def _by_kernels(form, arrays, cotangent):
     """The result, and the gradients of all arrays but the factors of images."""
-    x, keep, shortcut, up, down, offset = arrays
+    x, *others = arrays
     run = functools.partial(mlp_mosaic.transform, epsilon=EPSILON, interpret=True)
     run_back = functools.partial(mlp_mosaic.gradients, epsilon=EPSILON, interpret=True)
 
     def left(array):
         return form.leave(array).reshape(x.shape)
 
-    result = run(form, form.enter(x), keep, shortcut, up, down, offset)
-    by_x, *others = run_back(form, form.enter(x), keep, shortcut, up, down, form.enter(cotangent))
+    result = run(form, form.enter(x), *others)
+    by_x, by_keep, *others = run_back(form, form.enter(x), *others, form.enter(cotangent))
+    assert not by_keep.any()
     return left(result), (left(by_x), *others)
 
 
@@ -93,7 +94,7 @@ def _assert_close(actual, expected, tolerance):
     ],
 )
 def test_values_and_gradients_are_those_of_autodiff(form, grid, has_shortcut, monkeypatch):
-    monkeypatch.setattr(mlp_mosaic, "_num_cores", lambda: 2)
+    monkeypatch.setattr(mlp_mosaic, "num_cores", lambda: 2)
     assert form.grid(2) == grid
     arrays, cotangent = _arrays(_shape(form), form.num_hidden, has_shortcut=has_shortcut)
     expected, vjp = jax.vjp(_expected, *arrays)

@@ -14,18 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.kernels import are_allowed
-from metaformer_jax.models.lanes import LANES, is_for_tpus
+from metaformer_jax.models.lanes import LANES
+from metaformer_jax.models.mosaic import SUBLANES, product, takes
 
 # With fewer tokens XLA's own operations are estimated to be as fast. With more, the weights of a
 # head are too large to be held at once.
 _FEWEST_TOKENS, _MOST_TOKENS = 128, 256
-# A head's channels must fill tiles of 16-bit numbers.
-_SUBLANES = 16
 # The scores of so many heads are computed before the first one's are needed, because a product's
 # result takes long to arrive, and the compiler keeps the order in which it is asked for them.
 _AHEAD = 3
@@ -39,17 +36,15 @@ _MOST_BYTES = 12 * 2**20
 
 def has_kernels(packed: Float[Array, "b *n 3c"], num_heads: int) -> bool:
     """Whether there are kernels for such an array, in a program that is meant for TPUs."""
-    if not (are_allowed() and is_for_tpus() and packed.dtype == jnp.bfloat16):
+    if not takes(packed):
         return False
-    # In exported programs a size may be unknown.
-    if not all(isinstance(size, int) for size in packed.shape):
-        return False
-    b, *sizes, channels = packed.shape
+    _, *sizes, channels = packed.shape
     t = math.prod(sizes)
     num_bytes = 3 * 2 * t * (2 * channels + 2 * channels // 3)
-    fills_tiles = channels // 3 // num_heads % _SUBLANES == 0
+    # Those of a head.
+    fills_tiles = channels // 3 // num_heads % SUBLANES == 0
     is_sized = _FEWEST_TOKENS <= t <= _MOST_TOKENS and num_bytes <= _MOST_BYTES
-    return b > 0 and is_sized and fills_tiles
+    return is_sized and fills_tiles
 
 
 def attend(
@@ -155,11 +150,11 @@ def _attend(packed: Any, mixed: Any, num_heads: int) -> None:
     scale = _scale(packed, num_heads)
 
     def score(head: int, _: None) -> Array:
-        return _product(packed[key[head], :], packed[query[head], :], (0, 0))
+        return product(packed[key[head], :], packed[query[head], :], (0, 0))
 
     def weigh(head: int, scores: Array) -> tuple[Array, Array]:
         exponentials, totals = _exponentials(scores, scale)
-        return _product(packed[value[head], :], exponentials.astype(packed.dtype), (1, 0)), totals
+        return product(packed[value[head], :], exponentials.astype(packed.dtype), (1, 0)), totals
 
     def divide(head: int, sums: tuple[Array, Array]) -> None:
         weighted, totals = sums
@@ -175,8 +170,8 @@ def _gradients(packed: Any, mixed: Any, cotangent: Any, gradient: Any, num_heads
     dtype = packed.dtype
 
     def score(head: int, _: None) -> tuple[Array, Array]:
-        scores = _product(packed[key[head], :], packed[query[head], :], (0, 0))
-        by_weight = _product(packed[value[head], :], cotangent[out[head], :], (0, 0))
+        scores = product(packed[key[head], :], packed[query[head], :], (0, 0))
+        by_weight = product(packed[value[head], :], cotangent[out[head], :], (0, 0))
         return scores, by_weight
 
     def multiply(head: int, products: tuple[Array, Array]) -> tuple[Array, Array, Array]:
@@ -189,9 +184,9 @@ def _gradients(packed: Any, mixed: Any, cotangent: Any, gradient: Any, num_heads
         by_score = weights * (by_weight - means.sum(0, keepdims=True)) * scale
         by_score = by_score.astype(dtype)
         return (
-            _product(packed[key[head], :], by_score, (1, 0)),
-            _product(packed[query[head], :], by_score, (1, 1)),
-            _product(shares, weights.astype(dtype), (1, 1)),
+            product(packed[key[head], :], by_score, (1, 0)),
+            product(packed[query[head], :], by_score, (1, 1)),
+            product(shares, weights.astype(dtype), (1, 1)),
         )
 
     def write(head: int, by_input: tuple[Array, Array, Array]) -> None:
@@ -209,15 +204,6 @@ def _heads(array: Any, num_parts: int, num_heads: int) -> list[list[slice]]:
 
 def _scale(packed: Any, num_heads: int) -> float:
     return (packed.shape[0] // 3 // num_heads) ** -0.5
-
-
-def _product(
-    a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, int]
-) -> Float[Array, "m n"]:
-    """The product of two matrices, summed in float32 over one axis of each."""
-    first, second = axes
-    summed = (((first,), (second,)), ((), ()))
-    return lax.dot_general(a, b, summed, preferred_element_type=jnp.float32)
 
 
 def _exponentials(

@@ -16,12 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.kernels import are_allowed
-from metaformer_jax.models.lanes import LANES, is_for_tpus
-from metaformer_jax.models.mlp_forms import Form, Rows, Turned, num_bytes, product
-
-# Of a chip that is not known.
-_LEAST_VECTOR_MEMORY = 16 * 2**20
+from metaformer_jax.models.lanes import LANES
+from metaformer_jax.models.mlp_forms import Form, Rows, Turned, num_bytes
+from metaformer_jax.models.mosaic import num_cores, product, takes, vector_memory
 
 
 def form_of(x: Float[Array, "b h w c"], num_hidden: int, *, may_turn: bool) -> Form | None:
@@ -32,14 +29,11 @@ def form_of(x: Float[Array, "b h w c"], num_hidden: int, *, may_turn: bool) -> F
         num_hidden: channels of the hidden layer.
         may_turn: whether images along the lanes are as good as channels for what comes before.
     """
-    if not (are_allowed() and is_for_tpus() and x.dtype == jnp.bfloat16):
-        return None
-    # In exported programs a size may be unknown.
-    if not all(isinstance(size, int) for size in x.shape):
+    if not takes(x):
         return None
     form = (Turned.of(x.shape, num_hidden) if may_turn else None) or Rows.of(x.shape, num_hidden)
     # The compiler needs some of the memory for itself.
-    is_held = form is not None and num_bytes(form) <= 0.9 * _vector_memory()
+    is_held = form is not None and num_bytes(form) <= 0.9 * vector_memory()
     return form if is_held else None
 
 
@@ -97,27 +91,26 @@ def gradients(
     shortcut: Float[Array, " c"] | None,
     up: Float[Array, "c d"],
     down: Float[Array, "d c"],
+    offset: Float[Array, " c"],
     cotangent: Array,
     *,
     epsilon: float,
     interpret: bool = False,
-) -> tuple[Array, Array | None, Array, Array, Array]:
-    """The gradients of `x`, `shortcut`, `up`, `down` and `offset` of `transform`."""
+) -> tuple[Array, Array, Array | None, Array, Array, Array]:
+    """The gradients of all arrays of `transform`, among which `keep` is a constant."""
     from jax.experimental.pallas import tpu as mosaic
 
-    vectors = _vectors(form, shortcut)
+    _, *of_shortcut = vectors = _vectors(form, offset, shortcut)
     # Each core of a chip has its own sums.
-    factors, tokens = form.blocks(_num_cores())
-    grid = form.grid(_num_cores())
-    (of_channels,) = _vectors(form, up[:, 0])
+    factors, tokens = form.blocks(num_cores())
+    grid = form.grid(num_cores())
     sums = [
-        jax.ShapeDtypeStruct((grid[0], *array.shape), jnp.float32)
-        for array in (up, up, of_channels, *vectors)
+        jax.ShapeDtypeStruct((grid[0], *array.shape), jnp.float32) for array in (up, up, *vectors)
     ]
     by_x, *totals = pl.pallas_call(
         functools.partial(_gradients, form, epsilon=epsilon),
         grid=grid,
-        in_specs=[factors, tokens, tokens, *map(_whole, (up, down, *vectors))],
+        in_specs=[factors, tokens, tokens, *map(_whole, (up, down, *of_shortcut))],
         out_specs=[tokens, *map(_of_core, sums)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *sums],
         compiler_params=mosaic.CompilerParams(
@@ -128,16 +121,18 @@ def gradients(
         name="mlp_gradients",
         cost_estimate=_cost(x, up, products=5, arrays=3),
         metadata=_cycles(form, up, form.backward_cycles),
+    )(
+        form.factors(keep),
+        x,
+        cotangent,
+        up.astype(x.dtype),
         # The derivative of the squares has a factor of two.
-    )(form.factors(keep), x, cotangent, up.astype(x.dtype), (2 * down).astype(x.dtype), *vectors)
-    by_up, by_down, by_offset, *by_shortcut = (total.sum(0) for total in totals)
-    return (
-        by_x,
-        by_shortcut[0].ravel() if by_shortcut else None,
-        by_up,
-        by_down.T,
-        by_offset.ravel(),
+        (2 * down).astype(x.dtype),
+        *of_shortcut,
     )
+    by_up, by_down, *by_vectors = (total.sum(0) for total in totals)
+    by_offset, by_shortcut = (*(one.ravel() for one in by_vectors), None)[:2]
+    return by_x, jnp.zeros_like(keep), by_shortcut, by_up, by_down.T, by_offset
 
 
 def _transform(
@@ -246,21 +241,3 @@ def _cycles(form: Form, up: Array, cycles: tuple[int, float]) -> dict[str, str]:
     of_product = form.num_tokens_of_step * filled * d / (4 * LANES**2)
     num_steps = math.prod(form.grid(1))
     return {"kernel_cycles": str(round(num_steps * (cycles[0] + cycles[1] * of_product)))}
-
-
-def _vector_memory() -> int:
-    from jax.experimental.pallas import tpu as mosaic
-
-    try:
-        return mosaic.get_tpu_info().vmem_capacity_bytes
-    except ValueError:
-        return _LEAST_VECTOR_MEMORY
-
-
-def _num_cores() -> int:
-    from jax.experimental.pallas import tpu as mosaic
-
-    try:
-        return mosaic.get_tpu_info().num_cores
-    except ValueError:
-        return 1

@@ -65,32 +65,13 @@ def _backward(
         *inputs, cotangent = arrays
         return jax.vjp(functools.partial(_plain, form, epsilon=epsilon), *inputs)[1](cotangent)
 
-    kernel = functools.partial(_by_kernel, form, epsilon=epsilon)
+    kernel = functools.partial(mlp_mosaic.gradients, form, epsilon=epsilon)
     return lax.platform_dependent(
         *arrays, cotangent, tpu=differentiated_as(plain, kernel), default=plain
     )
 
 
 _residual_mlp.defvjp(_forward, _backward)
-
-
-def _by_kernel(
-    form: Form,
-    x: Array,
-    keep: Array,
-    shortcut: Array | None,
-    up: Array,
-    down: Array,
-    offset: Array,
-    cotangent: Array,
-    *,
-    epsilon: float,
-) -> tuple[Any, ...]:
-    del offset
-    by_x, *others = mlp_mosaic.gradients(
-        form, x, keep, shortcut, up, down, cotangent, epsilon=epsilon
-    )
-    return by_x, jnp.zeros_like(keep), *others
 
 
 def _plain(

@@ -116,7 +116,7 @@ def base_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
     # Which part of each block the backward pass recomputes instead of keeping it, for less memory
     # and usually more time: "none", "mlp", "products" or "block" (see `models.stages.REMAT`), or
-    # "auto": what is estimated to be the fastest on TPUs, "mlp" or by stage "none"; else "none".
+    # "auto": on TPUs "mlp" in stages without kernels for MLPs, and "none" everywhere else.
     config.model.remat = "auto"
     # Runs the blocks of a stage as a loop with this many blocks per iteration, which compiles
     # faster and runs slower; 0 for no loop.
