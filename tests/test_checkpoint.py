@@ -92,3 +92,17 @@ def test_figures_of_steps_after_a_save_do_not_get_into_its_checkpoint(tmp_path):
     add(2)
     assert pending.take()["loss"] == 1.5
     assert [figures["loss"] for figures in saved] == [1]
+
+
+def test_steps_are_not_sent_far_ahead_of_the_devices(tmp_path):
+    class Loss:
+        is_done = False
+
+        def block_until_ready(self):
+            self.is_done = True
+
+    pending = PendingMetrics(Guard(tmp_path, [], max_skipped=0))
+    losses = [Loss() for _ in range(5)]
+    for step, loss in enumerate(losses, start=1):
+        pending.add(step, {"loss": loss}, num_replaced=0)
+    assert [loss.is_done for loss in losses] == [True, True, True, False, False]

@@ -87,3 +87,12 @@ def test_models_and_their_training_step_need_none_of_the_packages_that_files_and
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_a_training_that_draws_nothing_does_not_import_what_draws():
+    code = (
+        "import sys, metaformer_jax.training.train\n"
+        "print(sorted({'matplotlib', 'torch', 'tensorflow', 'tensorboardX'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr

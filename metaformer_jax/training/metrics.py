@@ -17,9 +17,15 @@ from jaxtyping import UInt8
 from metaformer_jax.training.guard import Guard
 from metaformer_jax.weights.workdir import CONFIG
 
+# Steps that may wait for the devices. Each holds its batch in their memory, and all of them are
+# waited for when a run is told to end.
+_MAX_AHEAD = 2
+
 
 class PendingMetrics:
     """Figures of the steps since the last row, which stay on the devices until they are needed.
+
+    Keeps the program from running ahead: when a step is added, those before the last two are done.
 
     Args:
         guard: checks the figures of every step.
@@ -34,6 +40,7 @@ class PendingMetrics:
     def add(self, step: int, metrics: dict[str, jax.Array], *, num_replaced: int) -> None:
         """Adds the figures of a step, without waiting for them."""
         self._on_device.append((step, {**metrics, "num_replaced": num_replaced}))
+        jax.block_until_ready(self._on_device[:-_MAX_AHEAD][-1:])
 
     def to_host(self) -> list[dict[str, float]]:
         """All figures, step by step; waits for the last step.

@@ -1,17 +1,23 @@
-"""Pictures of a run: curves, training batches and misclassified images."""
+"""Pictures of a run: curves, training batches and misclassified images.
+
+matplotlib is imported where it draws: most starts of a program draw nothing.
+"""
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Loss, accuracy and learning rate over the steps, from the rows of `metrics.jsonl`."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = (
         ("loss", _curves_of("loss"), 1),
@@ -65,7 +71,7 @@ def batch_figure(
     class_names: Sequence[str],
     *,
     title: str,
-) -> Figure:
+) -> "Figure":
     """A grid of training images as a step sees them, with their two main classes and weights.
 
     Args:
@@ -90,8 +96,10 @@ def _shortened(name: str, length: int) -> str:
 
 def _image_grid(
     images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], *, title: str
-) -> Figure:
+) -> "Figure":
     """Images of one size, each below a caption of up to three lines."""
+    from matplotlib.figure import Figure
+
     columns = max(1, min(8, len(images)))
     num_rows = max(1, -(-len(images) // columns))
     # In inches.
@@ -140,13 +148,17 @@ def _image_grid(
     return figure
 
 
-def to_array(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
+def to_array(figure: "Figure") -> UInt8[np.ndarray, "h w 3"]:
     """The figure's pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def save(figure: Figure, path: pathlib.Path) -> None:
+def save(figure: "Figure", path: pathlib.Path) -> None:
     """Writes the figure as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure).print_png(str(path))

@@ -1,18 +1,21 @@
 """Draws a training batch as a step sees it."""
 
 import pathlib
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.pictures import batch_figure, save
 from metaformer_jax.training.run import Run
 from metaformer_jax.weights.outputs import check_can_be_written
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Most of a batch that a picture can show at a readable size.
 _MAX_PICTURED = 48
@@ -40,7 +43,7 @@ def preview(
     console.print(f"the first training batch: {output}", highlight=False, soft_wrap=True)
 
 
-def draw_inputs(run: Run, batch: dict[str, jax.Array], step: int) -> Figure:
+def draw_inputs(run: Run, batch: dict[str, jax.Array], step: int) -> "Figure":
     """The images and targets that a step trains on, of this process's share of the batch."""
     inputs = run.engine.training_inputs(batch, jnp.int32(step))
     images, targets = (
