@@ -9,8 +9,16 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaformer_jax.models import FAMILIES, MetaFormer, compiler_options, cores, jit_inference
+from metaformer_jax.models import (
+    FAMILIES,
+    MetaFormer,
+    MetaFormerSpec,
+    compiler_options,
+    cores,
+    jit_inference,
+)
 from metaformer_jax.models import jit as models_jit
+from metaformer_jax.models.kernels import are_allowed
 
 
 @pytest.fixture
@@ -48,6 +56,9 @@ def num_arguments(monkeypatch):
             return jitted(*arguments)
 
         return called
+
+    # Asks once, by a program of its own.
+    compiler_options()
 
     monkeypatch.setattr(models_jit, "jax", types.SimpleNamespace(**vars(jax) | {"jit": jit}))
     monkeypatch.setattr(cores, "num_cores", lambda: 1)
@@ -96,6 +107,40 @@ def test_weights_are_constants_on_one_cpu_and_arguments_on_several_devices(
     answer = jit_inference(spread)
     np.testing.assert_allclose(answer(images), expected(model, images), rtol=1e-5, atol=1e-6)
     assert num_arguments == [1, 1 + len(jax.tree.leaves(state))]
+
+
+def test_on_several_devices_there_are_no_kernels(model, images):
+    seen = []
+
+    def noted(model, images):
+        seen.append(are_allowed())
+        return model(images)
+
+    mesh = Mesh(jax.devices()[:2], "data")
+    graphdef, state = nnx.split(model)
+    for number, devices in ((1, mesh.devices[0]), (2, NamedSharding(mesh, PartitionSpec()))):
+        placed = nnx.merge(graphdef, jax.device_put(state, devices))
+        jit_inference(placed, noted)(images)
+        assert set(seen) == {number == 1}
+        seen.clear()
+
+
+def test_numbers_are_sent_to_weights_that_are_divided_among_one_device(model, images):
+    def scaled(model, images, factor):
+        return factor * model(images)
+
+    mesh = Mesh(jax.devices()[:1], "data")
+    graphdef, state = nnx.split(model)
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(
+            leaf, NamedSharding(mesh, PartitionSpec(*["data"][: leaf.ndim]))
+        ),
+        state,
+    )
+    answer = jit_inference(nnx.merge(graphdef, state), scaled)
+    np.testing.assert_allclose(
+        answer(images, 2.0), 2 * expected(model, images), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("num_images", [2, 3])
@@ -263,6 +308,27 @@ def test_a_model_of_another_class_is_not_divided(model, images, divided):
     centred = Centred(model.spec, num_classes=10, image_size=32, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(jit_inference(centred)(images).mean(0), 0, atol=1e-6)
     assert divided.sizes == []
+
+
+def test_a_model_with_a_layer_from_elsewhere_is_divided_on_request_only(images, divided):
+    class Centre(nnx.Module):
+        def __init__(self, dim, **_):
+            pass
+
+        def __call__(self, x):
+            return x - x.mean(0)
+
+    def build(mixer):
+        spec = MetaFormerSpec(depths=(1,), dims=(8,), token_mixers=(mixer,), res_scale_init=(None,))
+        return MetaFormer(spec, num_classes=10, image_size=32, rngs=nnx.Rngs(0))
+
+    for mixer in (Centre, lambda *_, **__: lambda x: x - x.mean(0)):
+        model = build(mixer)
+        answer = jit_inference(model)
+        np.testing.assert_allclose(answer(images), expected(model, images), rtol=1e-5, atol=1e-6)
+        assert divided.sizes == []
+    jit_inference(model, per_image=True)(images)
+    assert divided.sizes == [1, 1]
 
 
 def test_a_result_that_is_not_by_image_is_refused_where_it_should_be(model, images, divided):

@@ -64,7 +64,7 @@ def classify(
             # One size is compiled once: what is missing to a whole batch is filled up.
             missing = [np.zeros_like(images[0])] * (batch_size - len(images))
             probabilities = classifier.probabilities(np.stack(images + missing))
-        # The device is at work on these while those before are handed out and the next are read.
+        # Accelerators are at work on these while those before are handed out and the next are read.
         if waiting is not None:
             yield from _with_probabilities(*waiting)
         waiting = files, probabilities

@@ -20,6 +20,7 @@ from metaformer_jax.inference import trained
 from metaformer_jax.models import MetaFormer, MetaFormerSpec, model_info
 from metaformer_jax.models.arguments import at_least
 from metaformer_jax.models.cores import InParts
+from metaformer_jax.models.jit import keeps_images_apart
 from metaformer_jax.weights import CheckpointError, hub
 from metaformer_jax.weights.convert import to_variables
 from metaformer_jax.weights.files import local_path
@@ -81,7 +82,7 @@ class Classifier:
             logits = dataclasses.replace(self, model=nnx.merge(graphdef, state)).logits(images)
             return jax.nn.softmax(logits, axis=-1)
 
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and keeps_images_apart(self.model):
             return InParts(probabilities, state)
         return functools.partial(probabilities, state)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def num_cores() -> int:
@@ -48,12 +49,11 @@ class InParts:
             ValueError: a result has no axis of images.
         """
         num_parts = _num_parts(jax.tree.leaves((inputs, named)))
-        if num_parts > 1:
-            parts = _divided((inputs, named), num_parts)
-            program = self._program(*parts[0])
-            if program is not None:
-                results = _threads().map(functools.partial(self._run, program), parts)
-                return _joined(list(results))
+        parts = _divided((inputs, named), num_parts) if num_parts > 1 else []
+        program = self._program(*parts[0]) if parts else None
+        if program is not None:
+            results = _threads().map(functools.partial(self._run, program), parts)
+            return _joined(list(results))
         return self._jitted(*self._fixed, *inputs, **named)
 
     def _run(self, program: Callable[..., Any], part: Any) -> Any:
@@ -85,7 +85,8 @@ class InParts:
 
 def _num_parts(leaves: list[Any]) -> int:
     """As many as divide the batch evenly, up to the number of cores."""
-    shapes: list[tuple[int, ...]] = [getattr(leaf, "shape", ()) for leaf in leaves]
+    are_arrays = all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+    shapes: list[tuple[int, ...]] = [leaf.shape for leaf in leaves] if are_arrays else []
     is_spread = any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves)
     if is_spread or not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
         return 1

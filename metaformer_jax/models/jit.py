@@ -1,6 +1,7 @@
 """Compiling models: the compiler's options, and weights that stay as they are."""
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metaformer_jax.models.cores import InParts
+from metaformer_jax.models.kernels import without_kernels
 from metaformer_jax.models.metaformer import MetaFormer
 
 # On CPUs XLA hands matrix products, convolutions and sums to the library YNNPACK. With Eigen, its
@@ -21,6 +23,8 @@ _FOR_CPUS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_prefer_vector_width": "512",
 }
+# Packages of which no layer looks at other images.
+_KNOWN = ("metaformer_jax", "flax")
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
@@ -72,8 +76,8 @@ def jit_inference(
             `metaformer_jax.MetaFormer.features`; by default calls the model.
         per_image: whether the function returns, for each image of a batch, what depends on this
             image alone, along the first axis of each array. Only then can the batch be divided. By
-            default it is taken to be so for the call and the methods of a `MetaFormer`, and not for
-            any other function or model.
+            default it is taken to be so for the call and the methods of a `MetaFormer` that is made
+            of layers of this package and of Flax, and not for any other function or model.
 
     Returns:
         A function of the arguments of `function` other than the model, all of which must be arrays,
@@ -106,7 +110,7 @@ def jit_inference(
         return functools.partial(answer, leaves)
     if per_image is None:
         methods = (operator.call, *vars(MetaFormer).values())
-        per_image = type(model) is MetaFormer and function in methods
+        per_image = function in methods and keeps_images_apart(model)
     platforms = _platforms(leaves)
     if platforms == ["cpu"]:
         jitted: Callable[..., Any] = jax.jit(
@@ -119,6 +123,8 @@ def jit_inference(
         jitted = functools.partial(
             jax.jit(answer, compiler_options=compiler_options(platforms[0])), leaves
         )
+        if len(platforms) > 1:
+            jitted = _by_operations_of_xla(jitted)
 
     numbers = (leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
     # A copy, because the weights may be donated to a program before the next call.
@@ -134,6 +140,30 @@ def jit_inference(
     return answer_jitted
 
 
+def keeps_images_apart(model: nnx.Module) -> bool:
+    """Whether what a model makes of an image surely depends on no other of the batch.
+
+    Layers from elsewhere may do anything.
+    """
+    if type(model) is not MetaFormer:
+        return False
+    blocks = itertools.chain(*model.stages)
+    chosen = [part for b in blocks for part in (b.token_mixer, b.norm1, b.norm2)]
+    chosen += [] if model.head is None else [model.head]
+    parts = [*chosen, *(part for _, part in nnx.iter_modules(model))]
+    return all(type(part).__module__.partition(".")[0] in _KNOWN for part in parts)
+
+
+def _by_operations_of_xla(jitted: Callable[..., Any]) -> Callable[..., Any]:
+    """`jitted` without custom kernels, which XLA cannot divide among several devices."""
+
+    def answer(*inputs: Any, **named: Any) -> Any:
+        with without_kernels():
+            return jitted(*inputs, **named)
+
+    return answer
+
+
 def _at_weights(leaves: list[Any], jitted: Callable[..., Any]) -> Callable[..., Any]:
     """`jitted`, of which these weights are constants, on their device if they are bound to one.
 
@@ -143,10 +173,12 @@ def _at_weights(leaves: list[Any], jitted: Callable[..., Any]) -> Callable[..., 
     if not bound:
         return jitted
 
+    (device,) = bound[0].device_set
+
     def place(given: Any) -> Any:
         # Images that are bound to a device are answered there.
         is_bound = isinstance(given, jax.Array) and given.committed
-        return given if is_bound else jax.device_put(given, bound[0])
+        return given if is_bound else jax.device_put(given, device)
 
     def answer(*inputs: Any, **named: Any) -> Any:
         inputs, named = jax.tree.map(place, (inputs, named))
