@@ -40,8 +40,11 @@ def main():
         default=[(28, 112, 128), (7, 112, 256), (14, 14, 512)],
         help="of the images of a stage in the form in which the MLP gets them",
     )
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument(
-        "--batch-size", type=int, default=4, help="from 128 images on, they lie along the lanes"
+        "--form",
+        choices=("turned", "rows"),
+        help="of the arrays, see mlp_forms.py; by default that of the stages without attention",
     )
     parser.add_argument("--topology", default="v5e:1x1")
     arguments = parser.parse_args()
@@ -74,7 +77,7 @@ def _kernels(arguments):
                 yield _attention(arguments.batch_size, tokens, heads, arguments.head_dim)
     else:
         for sizes in arguments.sizes:
-            yield _mlp(arguments.batch_size, *sizes)
+            yield _mlp(arguments.batch_size, *sizes, form=arguments.form)
 
 
 def _attention(images, tokens, heads, head_dim):
@@ -89,9 +92,16 @@ def _attention(images, tokens, heads, head_dim):
     return f"{heads} heads, {tokens} tokens", (attend, packed), (gradients, packed, mixed, mixed)
 
 
-def _mlp(images, height, width, channels):
+def _mlp(images, height, width, channels, *, form):
     shape, hidden = (images, height, width, channels), 4 * channels
-    form = Turned.of(shape, hidden) or Rows.of(shape, hidden)
+    forms = {"turned": Turned.of(shape, hidden), "rows": Rows.of(shape, hidden)}
+    allowed = [forms[form]] if form else [*forms.values()]
+    form = next((form for form in allowed if form is not None), None)
+    if form is None:
+        raise SystemExit(
+            f"error: `--sizes` must be some that have kernels in the form asked for, got "
+            f"{height}x{width}x{channels} with {images} images."
+        )
 
     def transform(*arrays):
         return mlp_mosaic.transform(form, *arrays, epsilon=1e-6)

@@ -24,8 +24,8 @@ from metaformer_jax.models import (
     layer_norm,
     without_kernels,
 )
-from metaformer_jax.models.lanes import compiled_for
 from metaformer_jax.models.stages import REMAT, run_blocks
+from metaformer_jax.models.target import compiled_for
 from metaformer_jax.training.hlo import read_program
 from metaformer_jax.training.memory import memory_of
 from metaformer_jax.training.topology import topology_devices

@@ -6,12 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from metaformer_jax.models import attention, attention_mosaic, without_kernels
-from metaformer_jax.models.lanes import compiled_for
+from metaformer_jax.models import (
+    Attention,
+    MetaFormerBlock,
+    attention,
+    attention_mosaic,
+    layer_norm,
+    without_kernels,
+)
+from metaformer_jax.models.stages import run_blocks
+from metaformer_jax.models.target import compiled_for
 
-# Images, tokens, heads, channels of a head: one head, fewer than are looked ahead, and more.
-SHAPES = [(2, 9, 1, 16), (1, 130, 2, 32), (2, 17, 7, 48)]
+# Images, tokens, heads, channels of a head: one head, fewer than are looked ahead, and more; many
+# tokens.
+SHAPES = [(2, 9, 1, 16), (1, 130, 2, 32), (2, 17, 7, 48), (1, 300, 3, 16)]
 
 
 def _arrays(shape, dtype=jnp.float32):
@@ -69,7 +79,10 @@ def test_scores_beyond_the_range_of_exp_pick_their_largest():
         ((2, 196, 10, 32), jnp.float32, False),
         ((2, 196, 10, 32), jnp.float16, False),
         ((2, 49, 16, 32), jnp.bfloat16, False),
+        ((2, 320, 2, 32), jnp.bfloat16, True),
+        # Too much for the vector memory of a chip that is not known.
         ((2, 576, 10, 32), jnp.bfloat16, False),
+        ((2, 256, 64, 16), jnp.bfloat16, False),
         ((2, 196, 10, 24), jnp.bfloat16, False),
         ((2, 196, 200, 32), jnp.bfloat16, False),
         ((0, 196, 10, 32), jnp.bfloat16, False),
@@ -83,6 +96,47 @@ def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
         with without_kernels():
             assert not attention_mosaic.has_kernels(packed, heads)
     assert not attention_mosaic.has_kernels(packed, heads)
+
+
+@pytest.mark.parametrize(
+    ("chip", "most_tokens"),
+    # The matrix units of v3 take no bfloat16. Of 16, 128 and 64 MiB, for 16 heads of 32 channels.
+    [("TPU v3", 0), ("TPU v4", 256), ("TPU v5 lite", 784), ("TPU v5p", 752), ("TPU v6 lite", 784)],
+)
+def test_kernels_are_for_chips_that_can_hold_them(chip, most_tokens):
+    with compiled_for("tpu"), _on(chip):
+        numbers = [
+            num_tokens
+            for num_tokens in range(128, 900, 16)
+            if attention_mosaic.has_kernels(
+                jax.ShapeDtypeStruct((2, num_tokens, 3 * 512), jnp.bfloat16), 16
+            )
+        ]
+    assert max(numbers, default=0) == most_tokens
+
+
+def test_places_of_blocks_have_32_bits_whatever_the_default():
+    packed, cotangent = _arrays((2, 130, 2, 16), jnp.bfloat16)
+
+    def loss(packed):
+        mixed = attention_mosaic.attend(packed, 2)
+        return attention_mosaic.gradients(packed, mixed, cotangent, 2)
+
+    with jax.enable_x64(True):
+        traced = jax.make_jaxpr(loss)(packed)
+    kernels = [eqn.params for eqn in traced.eqns if eqn.primitive.name == "pallas_call"]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        for mapping in kernel["grid_mapping"].block_mappings:
+            places = mapping.index_map_jaxpr.out_avals
+            assert all(place.dtype == jnp.int32 for place in places)
+
+
+def _on(chip):
+    device = jax.sharding.AbstractDevice(chip, 1, platform="tpu")
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    )
 
 
 def test_images_of_unknown_number_have_none():
@@ -108,18 +162,35 @@ def _size_of_gradient(packed):
     [(_loss, 1), (jax.grad(_loss), 2), (jax.grad(_size_of_gradient), 3)],
 )
 def test_programs_for_tpus_have_kernels(function, num_kernels):
-    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     packed = jax.ShapeDtypeStruct((2, 196, 192), jnp.bfloat16)
 
     def lowered(platform):
-        with compiled_for("tpu"), jax.sharding.use_abstract_mesh(mesh):
+        with compiled_for("tpu"), _on("TPU v5 lite"):
             traced = jax.jit(function).trace(packed)
             return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert lowered("tpu").count("tpu_custom_call") == num_kernels
     assert "kernel_cycles" in lowered("tpu")
     assert "tpu_custom_call" not in lowered("cpu")
+
+
+@pytest.mark.parametrize(("remat", "num_calls"), [("none", 1), ("products", 1), ("block", 2)])
+def test_what_attention_gives_is_kept_with_the_results_of_other_layers(remat, num_calls):
+    block = MetaFormerBlock(
+        64,
+        token_mixer=Attention,
+        norm=layer_norm,
+        resolution=(12, 12),
+        dtype=jnp.bfloat16,
+        rngs=nnx.Rngs(0),
+    )
+
+    def loss(x):
+        return jnp.sum(run_blocks([block], x, rngs=None, remat=remat).astype(jnp.float32))
+
+    with compiled_for("tpu"), _on("TPU v5 lite"):
+        gradient = jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 12, 12, 64), jnp.bfloat16))
+    assert str(gradient).count("name=attention_attend") == num_calls
 
 
 def test_on_other_platforms_what_was_traced_for_tpus_is_the_same():

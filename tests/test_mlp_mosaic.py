@@ -17,12 +17,12 @@ from metaformer_jax.models import (
     mlp_mosaic,
     without_kernels,
 )
-from metaformer_jax.models.lanes import compiled_for
 from metaformer_jax.models.layers import Linear, Mlp, image_layer_norm
 from metaformer_jax.models.mixers import IdentityMixing, Pooling
 from metaformer_jax.models.mlp_forms import Rows, Turned
 from metaformer_jax.models.residual_mlp import residual_mlp
 from metaformer_jax.models.stages import AUTO, run_blocks
+from metaformer_jax.models.target import compiled_for
 
 EPSILON = 1e-3
 
@@ -94,7 +94,7 @@ def _assert_close(actual, expected, tolerance):
     ],
 )
 def test_values_and_gradients_are_those_of_autodiff(form, grid, has_shortcut, monkeypatch):
-    monkeypatch.setattr(mlp_mosaic, "num_cores", lambda: 2)
+    monkeypatch.setattr(mlp_mosaic, "num_cores_of_chip", lambda: 2)
     assert form.grid(2) == grid
     arrays, cotangent = _arrays(_shape(form), form.num_hidden, has_shortcut=has_shortcut)
     expected, vjp = jax.vjp(_expected, *arrays)
@@ -182,6 +182,13 @@ def test_weights_and_their_gradients_fit_into_the_vector_memory(chip, most_chann
             for c in (most_channels, most_channels + 128)
         ]
     assert [form is not None for form in forms] == [True, False]
+
+
+def test_the_matrix_units_of_early_chips_take_no_bfloat16():
+    x = jax.ShapeDtypeStruct((2, 14, 14, 128), jnp.bfloat16)
+    for chip, has_kernels in (("TPU v2", False), ("TPU v3", False), ("TPU v4", True)):
+        with compiled_for("tpu"), _on(chip):
+            assert (mlp_mosaic.form_of(x, 512, may_turn=False) is not None) == has_kernels
 
 
 def test_images_of_unknown_number_have_none():
@@ -318,6 +325,47 @@ def test_by_default_nothing_is_recomputed_for_kernels(mixer, dim, resolution, ex
 def _lowered(function, x, platform="tpu"):
     with compiled_for("tpu"), _on("TPU v5 lite"):
         return jax.jit(function).trace(x).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_everything_may_be_mapped(is_turned):
+    form = Turned((8, 64, 128), 256) if is_turned else Rows((2, 1, 144, 128), 256)
+
+    def gradients(x, keep, up, down, offset):
+        shortcut = jnp.ones_like(offset)
+
+        def loss(x, up):
+            y = residual_mlp(form, x, keep, shortcut, up, down, offset, epsilon=EPSILON)
+            return jnp.sum(y.astype(jnp.float32))
+
+        return jax.value_and_grad(loss, (0, 1))(x, up)
+
+    (b, *_, c), d = _shape(form), form.num_hidden
+    x = jax.ShapeDtypeStruct((3, *_shape(form)), jnp.bfloat16)
+    sizes = (b,), (c, d), (d, c), (c,)
+    others = [jax.ShapeDtypeStruct((3, *size), jnp.float32) for size in sizes]
+    with compiled_for("tpu"), _on("TPU v5 lite"):
+        lowered = jax.jit(jax.vmap(gradients)).trace(x, *others).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("tpu_custom_call") == 2
+
+
+def test_places_of_blocks_have_32_bits_whatever_the_default():
+    for form in (Rows((2, 1, 144, 128), 256), Turned((8, 64, 128), 256)):
+        arrays, cotangent = _arrays(_shape(form), form.num_hidden, jnp.bfloat16)
+
+        def both(x, *others, form=form, cotangent=cotangent):
+            y = mlp_mosaic.transform(form, form.enter(x), *others, epsilon=EPSILON)
+            given = form.enter(cotangent)
+            return y, mlp_mosaic.gradients(form, form.enter(x), *others, given, epsilon=EPSILON)
+
+        with jax.enable_x64(True):
+            traced = jax.make_jaxpr(both)(*arrays)
+        kernels = [eqn.params for eqn in traced.eqns if eqn.primitive.name == "pallas_call"]
+        assert len(kernels) == 2
+        for kernel in kernels:
+            for mapping in kernel["grid_mapping"].block_mappings:
+                places = mapping.index_map_jaxpr.out_avals
+                assert all(place.dtype == jnp.int32 for place in places)
 
 
 def test_programs_for_tpus_have_kernels():

@@ -11,7 +11,7 @@ from flax import nnx
 
 from metaformer_jax import models
 from metaformer_jax.models import ImageKeys, MetaFormer, MetaFormerSpec, stages
-from metaformer_jax.models.lanes import compiled_for
+from metaformer_jax.models.target import compiled_for
 
 # A small kernel compiles sooner.
 SEP_CONV = functools.partial(models.SepConv, kernel_size=3)
@@ -70,6 +70,18 @@ def test_loss_and_gradients_are_those_of_blocks_written_out(written_out, remat, 
         for tree in (jax.tree.map(jnp.subtract, gradients, expected), expected)
     )
     assert difference < 1e-6 * norm
+
+
+@pytest.mark.parametrize("remat", ["none", "mlp", "block"])
+@pytest.mark.parametrize("scan", [0, 1])
+def test_draws_made_before_may_be_counted_on_the_device(remat, scan):
+    model = _model(remat=remat, scan=scan)
+    logits = [
+        model(_images(), rngs=ImageKeys(KEYS, num_draws=num_draws))
+        for num_draws in (3, jnp.int32(3), 4)
+    ]
+    np.testing.assert_array_equal(logits[1], logits[0])
+    assert np.abs(logits[2] - logits[0]).max() > 1e-3
 
 
 def test_a_loop_holds_all_blocks_that_are_alike(written_out):

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import attention_mosaic
+from metaformer_jax.models.kept import PRODUCT
 from metaformer_jax.models.kernels import differentiated_as
 from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.promotion import wide_dtype
@@ -77,7 +79,7 @@ def _self_attention(num_heads: int, packed: Array) -> Array:
 
 
 def _self_attention_forward(num_heads: int, packed: Array) -> tuple[Array, tuple[Array, Array]]:
-    mixed = _self_attention(num_heads, packed)
+    mixed = checkpoint_name(_self_attention(num_heads, packed), PRODUCT)
     return mixed, (packed, mixed)
 
 
@@ -111,6 +113,7 @@ def _forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     by_head = _in_parts(_attend_by_head)
     kept, totals, mixed = _attend_here(by_head, by_cudnn, query, key, value)
+    mixed = checkpoint_name(mixed, PRODUCT)
     return mixed, (query, key, value, kept, totals, mixed)
 
 

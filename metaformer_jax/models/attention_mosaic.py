@@ -10,7 +10,7 @@ vectors, and no matrix of weights has to be transposed for a product.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,33 +18,52 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.lanes import LANES
-from metaformer_jax.models.mosaic import SUBLANES, product, takes
+from metaformer_jax.models.mosaic import SUBLANES, block_spec, fits, product, takes
 
-# With fewer tokens XLA's own operations are estimated to be as fast. With more, the weights of a
-# head are too large to be held at once.
-_FEWEST_TOKENS, _MOST_TOKENS = 128, 256
-# The scores of so many heads are computed before the first one's are needed, because a product's
-# result takes long to arrive, and the compiler keeps the order in which it is asked for them.
-_AHEAD = 3
-# Cycles for one image, and for each of its heads and tokens: from 3 % less to 16 % more than in the
-# kernels' schedules for v5e with 10 to 24 heads of 32 channels and 196 to 256 tokens. The compiler,
-# which estimates its own operations, leaves kernels out.
-_FORWARD_CYCLES, _BACKWARD_CYCLES = (1300, 0.85), (1900, 1.75)
-# Of the vector memory that the compiler leaves to kernels: blocks of two images and one transposed.
-_MOST_BYTES = 12 * 2**20
+# With fewer tokens XLA's own operations are estimated to be as fast; more were not tried.
+_FEWEST_TOKENS, _MOST_TOKENS = 128, 784
+# For a few tokens the scores of so many heads are computed before the first one's are needed,
+# because a product's result takes long to arrive, and the compiler keeps the order in which it is
+# asked for them. For more tokens the products take longer than that.
+_FEW_TOKENS = 256
+_AHEAD_FOR_FEW, _AHEAD_FOR_MORE = 3, 1
+
+
+class _Cycles(NamedTuple):
+    """Cycles for one image, and for each of its heads by its tokens in 128 lanes.
+
+    From 5 % less to 16 % more than in the kernels' schedules for v5e with 10 to 24 heads of 32
+    channels and 196 to 784 tokens. The compiler, which estimates its own operations, leaves kernels
+    out.
+    """
+
+    of_image: int
+    of_head_for_few: float
+    of_head_for_more: float
+
+
+_FORWARD_CYCLES, _BACKWARD_CYCLES = _Cycles(1300, 0.425, 0.49), _Cycles(1900, 0.875, 1.03)
 
 
 def has_kernels(packed: Float[Array, "b *n 3c"], num_heads: int) -> bool:
     """Whether there are kernels for such an array, in a program that is meant for TPUs."""
     if not takes(packed):
         return False
-    _, *sizes, channels = packed.shape
-    t = math.prod(sizes)
-    num_bytes = 3 * 2 * t * (2 * channels + 2 * channels // 3)
+    _, *sizes, packed_channels = packed.shape
+    num_tokens, num_channels = math.prod(sizes), packed_channels // 3
     # Those of a head.
-    fills_tiles = channels // 3 // num_heads % SUBLANES == 0
-    is_sized = _FEWEST_TOKENS <= t <= _MOST_TOKENS and num_bytes <= _MOST_BYTES
-    return is_sized and fills_tiles
+    fills_tiles = num_channels // num_heads % SUBLANES == 0
+    is_sized = _FEWEST_TOKENS <= num_tokens <= _MOST_TOKENS
+    return is_sized and fills_tiles and fits(_num_bytes(num_tokens, num_channels))
+
+
+def _num_bytes(num_tokens: int, num_channels: int) -> int:
+    """The vector memory for the kernels: what the backward pass, the larger one, needs at most."""
+    # Packed, output and the gradients of both, of two images, and transposed.
+    arrays = 3 * 2 * num_tokens * 8 * num_channels
+    # Numbers for pairs of tokens.
+    pairs = 12 * 4 * num_tokens * math.ceil(num_tokens / LANES) * LANES
+    return (arrays + pairs) * 5 // 4 + 2 * 2**20
 
 
 def attend(
@@ -97,7 +116,7 @@ def _call(
     num_heads: int,
     *arrays: Array,
     num_products: int,
-    cycles: tuple[int, float],
+    cycles: _Cycles,
     interpret: bool,
 ) -> Array:
     # Programs for other platforms do not wait for this import.
@@ -108,7 +127,10 @@ def _call(
     out = jax.ShapeDtypeStruct((b, t, num_channels), dtype)
 
     def image(array: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((1, t, array.shape[-1]), lambda i: (i, 0, 0))
+        return block_spec((1, t, array.shape[-1]), lambda i: (i, 0, 0))
+
+    of_head = cycles.of_head_for_few if t <= _FEW_TOKENS else cycles.of_head_for_more
+    cycles_of_image = cycles.of_image + of_head * num_heads * t * math.ceil(t / LANES)
 
     return pl.pallas_call(
         functools.partial(_transposed, body, num_heads),
@@ -117,7 +139,10 @@ def _call(
         out_specs=image(out),
         out_shape=out,
         scratch_shapes=[mosaic.VMEM((array.shape[-1], t), dtype) for array in (*arrays, out)],
-        compiler_params=mosaic.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=mosaic.CompilerParams(
+            dimension_semantics=(mosaic.PARALLEL,),
+            vmem_limit_bytes=_num_bytes(t, arrays[0].shape[-1] // 3),
+        ),
         interpret=interpret,
         name=f"attention{body.__name__}",
         cost_estimate=pl.CostEstimate(
@@ -125,7 +150,7 @@ def _call(
             transcendentals=b * num_heads * t * t,
             bytes_accessed=out.size * out.dtype.itemsize + sum(array.nbytes for array in arrays),
         ),
-        metadata={"kernel_cycles": str(round(b * (cycles[0] + cycles[1] * num_heads * t)))},
+        metadata={"kernel_cycles": str(round(b * cycles_of_image))},
     )(*arrays)
 
 
@@ -160,7 +185,7 @@ def _attend(packed: Any, mixed: Any, num_heads: int) -> None:
         weighted, totals = sums
         mixed[out[head], :] = (weighted / totals).astype(mixed.dtype)
 
-    _run_ahead(num_heads, score, weigh, divide)
+    _run_ahead(num_heads, _ahead(packed), score, weigh, divide)
 
 
 def _gradients(packed: Any, mixed: Any, cotangent: Any, gradient: Any, num_heads: int) -> None:
@@ -193,7 +218,7 @@ def _gradients(packed: Any, mixed: Any, cotangent: Any, gradient: Any, num_heads
         for place, total in zip((query[head], key[head], value[head]), by_input, strict=True):
             gradient[place, :] = total.astype(dtype)
 
-    _run_ahead(num_heads, score, multiply, write)
+    _run_ahead(num_heads, _ahead(packed), score, multiply, write)
 
 
 def _heads(array: Any, num_parts: int, num_heads: int) -> list[list[slice]]:
@@ -206,6 +231,10 @@ def _scale(packed: Any, num_heads: int) -> float:
     return (packed.shape[0] // 3 // num_heads) ** -0.5
 
 
+def _ahead(packed: Any) -> int:
+    return _AHEAD_FOR_FEW if packed.shape[1] <= _FEW_TOKENS else _AHEAD_FOR_MORE
+
+
 def _exponentials(
     scores: Float[Array, "s t"], scale: float
 ) -> tuple[Float[Array, "s t"], Float[Array, "1 t"]]:
@@ -213,12 +242,12 @@ def _exponentials(
     return exponentials, exponentials.sum(0, keepdims=True)
 
 
-def _run_ahead(num_heads: int, first: Any, *others: Any) -> None:
-    """Runs all stages for each head, the first one `_AHEAD` heads before the others.
+def _run_ahead(num_heads: int, ahead: int, first: Any, *others: Any) -> None:
+    """Runs all stages for each head, the first one some heads before the others.
 
     A stage gets the number of the head and the previous stage's result for it.
     """
-    waits = [lambda _, result: result] * (_AHEAD - 1)
+    waits = [lambda _, result: result] * (ahead - 1)
     stages = [first, *waits, *others]
     results: dict[int, Any] = {}
     for turn in range(num_heads + len(stages) - 1):

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from metaformer_jax.models.arguments import hidden_channels
+from metaformer_jax.models.kept import PRODUCT
 from metaformer_jax.models.matmul import matmul
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.promotion import promoted
@@ -22,8 +23,6 @@ from metaformer_jax.models.star_relu import (
 )
 
 _BLOCK = 2**16
-# The checkpoint name of tensors that take a matrix product to recompute; see `models.stages.REMAT`.
-PRODUCT = "product"
 
 
 @functools.partial(jax.jit, static_argnames="num_blocks")
@@ -156,11 +155,22 @@ class ImageKeys:
                 "num_images)."
             )
         self.keys = keys
-        self.num_draws = num_draws
+        self._before = num_draws
+        # A number of Python, which counts also where a part of a model is traced by itself.
+        self._num_own: Any = 0
+
+    @property
+    def num_draws(self) -> int | Int[Array, ""]:
+        """How often keys were drawn so far."""
+        return self._before + self._num_own
+
+    def skip(self, num_draws: int | Int[Array, ""]) -> None:
+        """Counts so many draws that were made from other `ImageKeys` of these keys."""
+        self._num_own += num_draws
 
     def __call__(self) -> Key[Array, " b"]:
         """The keys for the next layer, one per image."""
-        self.num_draws += 1
+        self._num_own += 1
         return jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, self.num_draws)
 
 

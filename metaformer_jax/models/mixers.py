@@ -12,8 +12,8 @@ from metaformer_jax.models import depthwise_banded
 from metaformer_jax.models.arguments import at_least, hidden_channels
 from metaformer_jax.models.attention import self_attention, split_heads
 from metaformer_jax.models.depthwise import depthwise_conv2d
-from metaformer_jax.models.lanes import is_for_tpus
-from metaformer_jax.models.layers import PRODUCT, Frozen, Linear, kernel_init
+from metaformer_jax.models.kept import PRODUCT
+from metaformer_jax.models.layers import Frozen, Linear, kernel_init
 from metaformer_jax.models.pooling import average_pool
 from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.star_relu import (
@@ -21,6 +21,7 @@ from metaformer_jax.models.star_relu import (
     activate_and_apply,
     star_relu_depthwise_conv2d,
 )
+from metaformer_jax.models.target import is_for_tpus
 
 
 class TokenMixerFn(Protocol):
@@ -195,8 +196,7 @@ class Attention(nnx.Module):
         self.proj = Linear(attention_dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        mixed = self_attention(self.qkv(x), self.num_heads)
-        return self.proj(checkpoint_name(mixed, PRODUCT))
+        return self.proj(self_attention(self.qkv(x), self.num_heads))
 
     def weights(self, x: Float[Array, "b h w c"]) -> Float[Array, "b k n n"]:
         """Attention weights of each token (third axis) for each token (last axis), in float32."""

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.lanes import LANES, fill_lanes
-from metaformer_jax.models.mosaic import SUBLANES, product
+from metaformer_jax.models.mosaic import SUBLANES, block_spec, product
 
 # With fewer tokens of an image in a row XLA's own operations are estimated to be faster.
 _FEWEST_TOKENS = 128
@@ -110,15 +110,17 @@ class Rows:
         def place(core: Any, image: Any, *others: Any) -> tuple[Any, ...]:
             return core * images_of_core + image, *others, 0
 
-        return pl.BlockSpec(memory_space=mosaic.SMEM), pl.BlockSpec(self.step, place)
+        # As a matrix: `jax.vmap` gives it another axis, and of a block one axis must be whole.
+        factors = block_spec((1, self.shape[0]), lambda *_: (0, 0), memory_space=mosaic.SMEM)
+        return factors, block_spec(self.step, place)
 
-    def factors(self, keep: Float[Array, " b"]) -> Float[Array, " b"]:
+    def factors(self, keep: Float[Array, " b"]) -> Float[Array, "1 b"]:
         """Those of images, as the kernels take them."""
-        return keep
+        return keep[None]
 
     def factor(self, keep: Any) -> Any:
         """In a kernel, that of the tokens of a product."""
-        return keep[pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
+        return keep[0, pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
 
     def read(self, array: Any, part: Any) -> Float[Array, "t c"]:
         """In a kernel, the tokens of a part."""
@@ -210,9 +212,8 @@ class Turned:
         def place(core: Any, images: Any, pixels: Any) -> tuple[Any, ...]:
             return core * steps_of_core + pixels, 0, images
 
-        return pl.BlockSpec((1, LANES), lambda _, images, __: (0, images)), pl.BlockSpec(
-            self.step, place
-        )
+        factors = block_spec((1, LANES), lambda _, images, __: (0, images))
+        return factors, block_spec(self.step, place)
 
     def factors(self, keep: Float[Array, " b"]) -> Float[Array, "1 b"]:
         """Those of images, as the kernels take them."""

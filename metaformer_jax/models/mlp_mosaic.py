@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models.lanes import LANES
 from metaformer_jax.models.mlp_forms import Form, Rows, Turned, num_bytes
-from metaformer_jax.models.mosaic import num_cores, product, takes, vector_memory
+from metaformer_jax.models.mosaic import block_spec, fits, num_cores_of_chip, product, takes
 
 
 def form_of(x: Float[Array, "b h w c"], num_hidden: int, *, may_turn: bool) -> Form | None:
@@ -32,9 +32,7 @@ def form_of(x: Float[Array, "b h w c"], num_hidden: int, *, may_turn: bool) -> F
     if not takes(x):
         return None
     form = (Turned.of(x.shape, num_hidden) if may_turn else None) or Rows.of(x.shape, num_hidden)
-    # The compiler needs some of the memory for itself.
-    is_held = form is not None and num_bytes(form) <= 0.9 * vector_memory()
-    return form if is_held else None
+    return form if form is not None and fits(num_bytes(form)) else None
 
 
 def transform(
@@ -102,8 +100,8 @@ def gradients(
 
     _, *of_shortcut = vectors = _vectors(form, offset, shortcut)
     # Each core of a chip has its own sums.
-    factors, tokens = form.blocks(num_cores())
-    grid = form.grid(num_cores())
+    factors, tokens = form.blocks(num_cores_of_chip())
+    grid = form.grid(num_cores_of_chip())
     sums = [
         jax.ShapeDtypeStruct((grid[0], *array.shape), jnp.float32) for array in (up, up, *vectors)
     ]
@@ -216,12 +214,12 @@ def _vectors(form: Form, *vectors: Float[Array, " c"] | None) -> list[Array]:
 
 def _whole(array: Any) -> pl.BlockSpec:
     """A block that stays the same: held once, not twice to read the next one ahead."""
-    return pl.BlockSpec(array.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
+    return block_spec(array.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
 def _of_core(array: Any) -> pl.BlockSpec:
     shape = (1, *array.shape[1:])
-    return pl.BlockSpec(shape, lambda core, *_: (core, 0, 0), pipeline_mode=pl.Buffered(1))
+    return block_spec(shape, lambda core, *_: (core, 0, 0), pipeline_mode=pl.Buffered(1))
 
 
 def _cost(x: Array, up: Array, *, products: int, arrays: int) -> pl.CostEstimate:

@@ -1,35 +1,42 @@
 """What the kernels for TPUs, written in Pallas for Mosaic, have in common."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.kernels import are_allowed
-from metaformer_jax.models.lanes import is_for_tpus
+from metaformer_jax.models.target import is_for_tpus
 
 # Rows of a tile of 16-bit numbers.
 SUBLANES = 16
 # Of a chip that is not known.
 _LEAST_VECTOR_MEMORY = 16 * 2**20
+# The matrix units of earlier chips take no bfloat16.
+_FIRST_GENERATION = 4
 
 
 def takes(x: Any) -> bool:
     """Whether kernels may take such an array, in a program that is meant for TPUs."""
     if not (are_allowed() and is_for_tpus() and x.dtype == jnp.bfloat16):
         return False
+    if (chip := _chip()) is not None and chip.generation < _FIRST_GENERATION:
+        return False
     # In exported programs a size may be unknown.
     return all(isinstance(size, int) for size in x.shape) and x.shape[0] > 0
 
 
-def vector_memory() -> int:
-    """The bytes of a core's vector memory."""
+def fits(num_bytes: int) -> bool:
+    """Whether a core's vector memory holds so many bytes, and what the compiler needs besides."""
     chip = _chip()
-    return _LEAST_VECTOR_MEMORY if chip is None else chip.vmem_capacity_bytes
+    capacity = _LEAST_VECTOR_MEMORY if chip is None else chip.vmem_capacity_bytes
+    return num_bytes <= 0.9 * capacity
 
 
-def num_cores() -> int:
+def num_cores_of_chip() -> int:
     """The cores of a chip that run a kernel together."""
     chip = _chip()
     return 1 if chip is None else chip.num_cores
@@ -43,6 +50,23 @@ def _chip() -> Any:
         return mosaic.get_tpu_info()
     except ValueError:
         return None
+
+
+def block_spec(
+    shape: Sequence[int], place: Callable[..., tuple[Any, ...]], **options: Any
+) -> pl.BlockSpec:
+    """A `pl.BlockSpec` with places of 32 bits, as the compiler wants them, whatever JAX's default.
+
+    Args:
+        shape: of the block.
+        place: the number of the block along each axis, for a point of the grid.
+        options: of `pl.BlockSpec`.
+    """
+
+    def place_in_32_bits(*point: Any) -> tuple[Any, ...]:
+        return tuple(jnp.asarray(number, jnp.int32) for number in place(*point))
+
+    return pl.BlockSpec(tuple(shape), place_in_32_bits, **options)
 
 
 def product(a: Array, b: Array, axes: tuple[int, int]) -> Float[Array, "m n"]:

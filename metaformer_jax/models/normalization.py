@@ -14,13 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import normalization_triton
+from metaformer_jax.models.kept import STATISTICS
 from metaformer_jax.models.kernels import differentiated_as
 from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.schedule import run_after
 from metaformer_jax.models.triton import has_kernels
-
-# Their name for `jax.checkpoint`.
-STATISTICS = "statistics"
 
 
 class LayerNorm(nnx.LayerNorm):

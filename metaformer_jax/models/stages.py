@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.lanes import is_for_tpus
-from metaformer_jax.models.layers import PRODUCT, Dropout, ImageKeys
-from metaformer_jax.models.normalization import STATISTICS
+from metaformer_jax.models.kept import PRODUCT, STATISTICS
+from metaformer_jax.models.layers import Dropout, ImageKeys
+from metaformer_jax.models.target import is_for_tpus
 
 # What the backward pass recomputes of a block instead of keeping it. The means and variances of
 # norms, two numbers per token, are always kept.
@@ -195,5 +195,5 @@ def _looped(
         lambda x, block: (run(x, block), None), x, (stacked, keep_probs, draws), unroll=scan
     )
     if rngs is not None:
-        rngs.num_draws = first + num_draws * len(blocks)
+        rngs.skip(num_draws * len(blocks))
     return x

@@ -18,7 +18,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*->.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-# What kernels say of themselves (`attention_mosaic`). Copies of their results repeat it.
+# What the kernels of `models` say of themselves. Copies of their results repeat it.
 _KERNEL_CYCLES = re.compile(r'"kernel_cycles":"(\d+)"')
 _OF_KERNELS = re.compile(r"kernel_metadata=\{[^}]*\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
