@@ -24,17 +24,19 @@ from metaformer_jax.models import (
     layer_norm,
     without_kernels,
 )
+from metaformer_jax.models.layers import image_layer_norm
 from metaformer_jax.models.stages import REMAT, run_blocks
 from metaformer_jax.models.target import compiled_for
 from metaformer_jax.training.hlo import read_program
 from metaformer_jax.training.memory import memory_of
 from metaformer_jax.training.topology import topology_devices
 
+# With the norms of the families that have them.
 MIXERS = {
-    "convolution": SepConv,
-    "attention": Attention,
-    "identity": IdentityMixing,
-    "pooling": Pooling,
+    "convolution": (SepConv, layer_norm),
+    "attention": (Attention, layer_norm),
+    "identity": (IdentityMixing, image_layer_norm),
+    "pooling": (Pooling, image_layer_norm),
 }
 
 
@@ -63,12 +65,14 @@ def main():
 def _compiled(arguments, remat, device):
     """The gradients of a stage's parameters and input, in bfloat16, with dropped paths."""
 
+    token_mixer, norm = MIXERS[arguments.mixer]
+
     def build():
         return nnx.List(
             MetaFormerBlock(
                 arguments.dim,
-                token_mixer=MIXERS[arguments.mixer],
-                norm=layer_norm,
+                token_mixer=token_mixer,
+                norm=norm,
                 resolution=(arguments.resolution,) * 2,
                 drop_path_rate=0.1,
                 res_scale_init=1.0 if arguments.mixer == "attention" else None,
