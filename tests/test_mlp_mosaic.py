@@ -13,6 +13,7 @@ from metaformer_jax.models import (
     ImageKeys,
     MetaFormerBlock,
     SepConv,
+    create_model,
     layer_norm,
     mlp_mosaic,
     without_kernels,
@@ -189,6 +190,30 @@ def test_the_matrix_units_of_early_chips_take_no_bfloat16():
     for chip, has_kernels in (("TPU v2", False), ("TPU v3", False), ("TPU v4", True)):
         with compiled_for("tpu"), _on(chip):
             assert (mlp_mosaic.form_of(x, 512, may_turn=False) is not None) == has_kernels
+
+
+@pytest.mark.parametrize(
+    ("name", "num_images", "expected"),
+    [
+        # In the stages of attention 320 channels leave lanes empty, and 49 tokens are few.
+        ("caformer_s18", 128, [Turned, Turned, None, None]),
+        ("caformer_b36", 64, [Rows, Rows, Rows, None]),
+        ("convformer_s18", 128, [Turned, Turned, Turned, Turned]),
+        # Norms over whole images.
+        ("poolformerv2_s12", 128, [None, None, None, None]),
+        ("identityformer_s12", 128, [None, None, None, None]),
+    ],
+)
+def test_stages_of_published_models_that_have_kernels(name, num_images, expected):
+    model = nnx.eval_shape(lambda: create_model(name, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    sizes = model.spec.stage_resolutions(224)
+    forms = []
+    with compiled_for("tpu"), _on("TPU v5 lite"):
+        for blocks, size, dim in zip(model.stages, sizes, model.spec.dims, strict=True):
+            x = jax.ShapeDtypeStruct((num_images, *size, dim), jnp.bfloat16)
+            rows = jax.eval_shape(blocks[0].fold, x)
+            forms.append(blocks[0].mlp_form(rows))
+    assert [None if form is None else type(form) for form in forms] == expected
 
 
 def test_images_of_unknown_number_have_none():
