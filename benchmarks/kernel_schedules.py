@@ -77,7 +77,7 @@ def _kernels(arguments):
                 yield _attention(arguments.batch_size, tokens, heads, arguments.head_dim)
     else:
         for sizes in arguments.sizes:
-            yield _mlp(arguments.batch_size, *sizes, form=arguments.form)
+            yield _mlp(arguments.batch_size, *sizes, form_name=arguments.form)
 
 
 def _attention(images, tokens, heads, head_dim):
@@ -92,10 +92,10 @@ def _attention(images, tokens, heads, head_dim):
     return f"{heads} heads, {tokens} tokens", (attend, packed), (gradients, packed, mixed, mixed)
 
 
-def _mlp(images, height, width, channels, *, form):
+def _mlp(images, height, width, channels, *, form_name):
     shape, hidden = (images, height, width, channels), 4 * channels
     forms = {"turned": Turned.of(shape, hidden), "rows": Rows.of(shape, hidden)}
-    allowed = [forms[form]] if form else [*forms.values()]
+    allowed = [forms[form_name]] if form_name else forms.values()
     form = next((form for form in allowed if form is not None), None)
     if form is None:
         raise SystemExit(

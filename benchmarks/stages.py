@@ -64,7 +64,6 @@ def main():
 
 def _compiled(arguments, remat, device):
     """The gradients of a stage's parameters and input, in bfloat16, with dropped paths."""
-
     token_mixer, norm = MIXERS[arguments.mixer]
 
     def build():

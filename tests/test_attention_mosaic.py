@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import on_tpus
 import pytest
 from flax import nnx
 
@@ -16,6 +17,7 @@ from metaformer_jax.models import (
     layer_norm,
     without_kernels,
 )
+from metaformer_jax.models.kept import PRODUCT
 from metaformer_jax.models.stages import run_blocks
 from metaformer_jax.models.target import compiled_for
 
@@ -104,7 +106,7 @@ def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
     [("TPU v3", 0), ("TPU v4", 256), ("TPU v5 lite", 784), ("TPU v5p", 752), ("TPU v6 lite", 784)],
 )
 def test_kernels_are_for_chips_that_can_hold_them(chip, most_tokens):
-    with compiled_for("tpu"), _on(chip):
+    with on_tpus.traced_for(chip):
         numbers = [
             num_tokens
             for num_tokens in range(128, 900, 16)
@@ -118,25 +120,11 @@ def test_kernels_are_for_chips_that_can_hold_them(chip, most_tokens):
 def test_places_of_blocks_have_32_bits_whatever_the_default():
     packed, cotangent = _arrays((2, 130, 2, 16), jnp.bfloat16)
 
-    def loss(packed):
+    def both(packed):
         mixed = attention_mosaic.attend(packed, 2)
         return attention_mosaic.gradients(packed, mixed, cotangent, 2)
 
-    with jax.enable_x64(True):
-        traced = jax.make_jaxpr(loss)(packed)
-    kernels = [eqn.params for eqn in traced.eqns if eqn.primitive.name == "pallas_call"]
-    assert len(kernels) == 2
-    for kernel in kernels:
-        for mapping in kernel["grid_mapping"].block_mappings:
-            places = mapping.index_map_jaxpr.out_avals
-            assert all(place.dtype == jnp.int32 for place in places)
-
-
-def _on(chip):
-    device = jax.sharding.AbstractDevice(chip, 1, platform="tpu")
-    return jax.sharding.use_abstract_mesh(
-        jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    )
+    on_tpus.assert_places_have_32_bits(both, packed, num_kernels=2)
 
 
 def test_images_of_unknown_number_have_none():
@@ -165,7 +153,7 @@ def test_programs_for_tpus_have_kernels(function, num_kernels):
     packed = jax.ShapeDtypeStruct((2, 196, 192), jnp.bfloat16)
 
     def lowered(platform):
-        with compiled_for("tpu"), _on("TPU v5 lite"):
+        with on_tpus.traced_for("TPU v5 lite"):
             traced = jax.jit(function).trace(packed)
             return traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -188,9 +176,24 @@ def test_what_attention_gives_is_kept_with_the_results_of_other_layers(remat, nu
     def loss(x):
         return jnp.sum(run_blocks([block], x, rngs=None, remat=remat).astype(jnp.float32))
 
-    with compiled_for("tpu"), _on("TPU v5 lite"):
+    with on_tpus.traced_for("TPU v5 lite"):
         gradient = jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 12, 12, 64), jnp.bfloat16))
     assert str(gradient).count("name=attention_attend") == num_calls
+
+
+def test_without_kernels_the_product_with_the_values_is_kept_too():
+    packed = jnp.ones((2, 4, 4, 48))
+
+    def num_products(*kept):
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+
+        @functools.partial(jax.checkpoint, policy=policy)
+        def loss(packed):
+            return jnp.sum(jnp.sin(attention.self_attention(packed, 2)))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(packed)).count("dot_general")
+
+    assert num_products(PRODUCT) < num_products()
 
 
 def test_on_other_platforms_what_was_traced_for_tpus_is_the_same():

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import on_tpus
 import pytest
 from flax import nnx
 
@@ -160,7 +161,7 @@ def test_without_kernels_the_function_is_the_same(form):
 )
 def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
     x = jax.ShapeDtypeStruct(shape, dtype)
-    with compiled_for("tpu"), _on("TPU v5 lite"):
+    with on_tpus.traced_for("TPU v5 lite"):
         assert mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=True) == expected
         in_rows = mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=False)
         assert not isinstance(in_rows, Turned)
@@ -175,7 +176,7 @@ def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
     [("TPU v4", 256), ("TPU v5p", 768), ("TPU v6 lite", 1152), ("", 256)],
 )
 def test_weights_and_their_gradients_fit_into_the_vector_memory(chip, most_channels):
-    with compiled_for("tpu"), _on(chip) if chip else jax.sharding.use_abstract_mesh(_mesh()):
+    with on_tpus.traced_for(chip):
         forms = [
             mlp_mosaic.form_of(
                 jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16), 4 * c, may_turn=False
@@ -188,7 +189,7 @@ def test_weights_and_their_gradients_fit_into_the_vector_memory(chip, most_chann
 def test_the_matrix_units_of_early_chips_take_no_bfloat16():
     x = jax.ShapeDtypeStruct((2, 14, 14, 128), jnp.bfloat16)
     for chip, has_kernels in (("TPU v2", False), ("TPU v3", False), ("TPU v4", True)):
-        with compiled_for("tpu"), _on(chip):
+        with on_tpus.traced_for(chip):
             assert (mlp_mosaic.form_of(x, 512, may_turn=False) is not None) == has_kernels
 
 
@@ -208,7 +209,7 @@ def test_stages_of_published_models_that_have_kernels(name, num_images, expected
     model = nnx.eval_shape(lambda: create_model(name, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     sizes = model.spec.stage_resolutions(224)
     forms = []
-    with compiled_for("tpu"), _on("TPU v5 lite"):
+    with on_tpus.traced_for("TPU v5 lite"):
         for blocks, size, dim in zip(model.stages, sizes, model.spec.dims, strict=True):
             x = jax.ShapeDtypeStruct((num_images, *size, dim), jnp.bfloat16)
             rows = jax.eval_shape(blocks[0].fold, x)
@@ -221,15 +222,6 @@ def test_images_of_unknown_number_have_none():
     x = jax.ShapeDtypeStruct((batch, 28, 28, 128), jnp.bfloat16)
     with compiled_for("tpu"):
         assert mlp_mosaic.form_of(x, 512, may_turn=True) is None
-
-
-def _mesh(**options):
-    return jax.sharding.AbstractMesh((1,), ("x",), **options)
-
-
-def _on(chip):
-    device = jax.sharding.AbstractDevice(chip, 1, platform="tpu")
-    return jax.sharding.use_abstract_mesh(_mesh(abstract_device=device))
 
 
 def _block(mixer=Attention, dim=128, *, resolution=12, dtype=jnp.bfloat16, **options):
@@ -298,7 +290,7 @@ class _OwnMlp(Mlp):
 
 def test_changed_layers_have_no_kernels():
     def has_kernels(block):
-        with compiled_for("tpu"), _on("TPU v5 lite"):
+        with on_tpus.traced_for("TPU v5 lite"):
             x = jax.ShapeDtypeStruct((8, 12, 12, 128), jnp.bfloat16)
             return block.mlp_form(x) is not None
 
@@ -343,12 +335,12 @@ def test_by_default_nothing_is_recomputed_for_kernels(mixer, dim, resolution, ex
     def loss(params):
         return _loss(nnx.merge(graphdef, params, rest), x, remat=AUTO)
 
-    with compiled_for("tpu"), _on("TPU v5 lite"):
+    with on_tpus.traced_for("TPU v5 lite"):
         assert str(jax.make_jaxpr(jax.grad(loss))(params)).count("remat") == expected
 
 
 def _lowered(function, x, platform="tpu"):
-    with compiled_for("tpu"), _on("TPU v5 lite"):
+    with on_tpus.traced_for("TPU v5 lite"):
         return jax.jit(function).trace(x).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -369,7 +361,7 @@ def test_everything_may_be_mapped(is_turned):
     x = jax.ShapeDtypeStruct((3, *_shape(form)), jnp.bfloat16)
     sizes = (b,), (c, d), (d, c), (c,)
     others = [jax.ShapeDtypeStruct((3, *size), jnp.float32) for size in sizes]
-    with compiled_for("tpu"), _on("TPU v5 lite"):
+    with on_tpus.traced_for("TPU v5 lite"):
         lowered = jax.jit(jax.vmap(gradients)).trace(x, *others).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("tpu_custom_call") == 2
 
@@ -383,14 +375,7 @@ def test_places_of_blocks_have_32_bits_whatever_the_default():
             given = form.enter(cotangent)
             return y, mlp_mosaic.gradients(form, form.enter(x), *others, given, epsilon=EPSILON)
 
-        with jax.enable_x64(True):
-            traced = jax.make_jaxpr(both)(*arrays)
-        kernels = [eqn.params for eqn in traced.eqns if eqn.primitive.name == "pallas_call"]
-        assert len(kernels) == 2
-        for kernel in kernels:
-            for mapping in kernel["grid_mapping"].block_mappings:
-                places = mapping.index_map_jaxpr.out_avals
-                assert all(place.dtype == jnp.int32 for place in places)
+        on_tpus.assert_places_have_32_bits(both, *arrays, num_kernels=2)
 
 
 def test_programs_for_tpus_have_kernels():

@@ -148,6 +148,7 @@ def keeps_images_apart(model: nnx.Module) -> bool:
     if type(model) is not MetaFormer:
         return False
     blocks = itertools.chain(*model.stages)
+    # Of these, some may be no modules, but functions.
     chosen = [part for b in blocks for part in (b.token_mixer, b.norm1, b.norm2)]
     chosen += [] if model.head is None else [model.head]
     parts = [*chosen, *(part for _, part in nnx.iter_modules(model))]

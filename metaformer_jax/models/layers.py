@@ -157,15 +157,15 @@ class ImageKeys:
         self.keys = keys
         self._before = num_draws
         # A number of Python, which counts also where a part of a model is traced by itself.
-        self._num_own: Any = 0
+        self._num_own = 0
 
     @property
     def num_draws(self) -> int | Int[Array, ""]:
         """How often keys were drawn so far."""
         return self._before + self._num_own
 
-    def skip(self, num_draws: int | Int[Array, ""]) -> None:
-        """Counts so many draws that were made from other `ImageKeys` of these keys."""
+    def skip(self, num_draws: int) -> None:
+        """Counts draws that were made from other `ImageKeys` of these keys."""
         self._num_own += num_draws
 
     def __call__(self) -> Key[Array, " b"]:

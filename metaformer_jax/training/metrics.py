@@ -38,8 +38,9 @@ class PendingMetrics:
         self._on_device: list[tuple[int, dict[str, Any]]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array], *, num_replaced: int) -> None:
-        """Adds the figures of a step, without waiting for them."""
+        """Adds the figures of a step, which need not be computed yet."""
         self._on_device.append((step, {**metrics, "num_replaced": num_replaced}))
+        # With the newest of the others, all before it are done.
         jax.block_until_ready(self._on_device[:-_MAX_AHEAD][-1:])
 
     def to_host(self) -> list[dict[str, float]]:
