@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax.models import attention_mosaic, mlp_mosaic
-from metaformer_jax.models.mlp_forms import Rows, Turned
+from metaformer_jax.models.mlp_forms import Norm, Rows, Turned
 from metaformer_jax.training.topology import topology_devices
 
 _BUNDLES = re.compile(r"total scheduled bundles: *(\d+)")
@@ -46,6 +46,7 @@ def main():
         choices=("turned", "rows"),
         help="of the arrays, see mlp_forms.py; by default that of the stages without attention",
     )
+    parser.add_argument("--norm", choices=("channels", "image"), default="channels")
     parser.add_argument("--topology", default="v5e:1x1")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -76,8 +77,9 @@ def _kernels(arguments):
             for heads in arguments.heads:
                 yield _attention(arguments.batch_size, tokens, heads, arguments.head_dim)
     else:
+        norm = Norm(1e-6, is_over_images=arguments.norm == "image")
         for sizes in arguments.sizes:
-            yield _mlp(arguments.batch_size, *sizes, form_name=arguments.form)
+            yield _mlp(arguments.batch_size, *sizes, form_name=arguments.form, norm=norm)
 
 
 def _attention(images, tokens, heads, head_dim):
@@ -92,7 +94,7 @@ def _attention(images, tokens, heads, head_dim):
     return f"{heads} heads, {tokens} tokens", (attend, packed), (gradients, packed, mixed, mixed)
 
 
-def _mlp(images, height, width, channels, *, form_name):
+def _mlp(images, height, width, channels, *, form_name, norm):
     shape, hidden = (images, height, width, channels), 4 * channels
     forms = {"turned": Turned.of(shape, hidden), "rows": Rows.of(shape, hidden)}
     allowed = [forms[form_name]] if form_name else forms.values()
@@ -104,10 +106,10 @@ def _mlp(images, height, width, channels, *, form_name):
         )
 
     def transform(*arrays):
-        return mlp_mosaic.transform(form, *arrays, epsilon=1e-6)
+        return mlp_mosaic.transform(form, *arrays, norm=norm)
 
     def gradients(*arrays):
-        return mlp_mosaic.gradients(form, *arrays, epsilon=1e-6)
+        return mlp_mosaic.gradients(form, *arrays, norm=norm)
 
     x = form.shape, jnp.bfloat16
     shapes = (images,), (channels,), (channels, hidden), (hidden, channels)

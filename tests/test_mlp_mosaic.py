@@ -21,12 +21,13 @@ from metaformer_jax.models import (
 )
 from metaformer_jax.models.layers import Linear, Mlp, image_layer_norm
 from metaformer_jax.models.mixers import IdentityMixing, Pooling
-from metaformer_jax.models.mlp_forms import Rows, Turned
+from metaformer_jax.models.mlp_forms import Norm, Rows, Turned
 from metaformer_jax.models.residual_mlp import residual_mlp
 from metaformer_jax.models.stages import AUTO, run_blocks
 from metaformer_jax.models.target import compiled_for
 
 EPSILON = 1e-3
+OVER_CHANNELS, OVER_IMAGES = Norm(EPSILON), Norm(EPSILON, is_over_images=True)
 
 
 def _shape(form):
@@ -50,18 +51,19 @@ def _arrays(shape, num_hidden, dtype=jnp.float32, *, has_shortcut=True):
     ), jax.random.normal(keys[5], shape, dtype)
 
 
-def _expected(x, keep, shortcut, up, down, offset):
-    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+def _expected(x, keep, shortcut, up, down, offset, *, norm):
+    axes = (1, 2, 3) if norm.is_over_images else -1
+    mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     hidden = (x - mean) / jnp.sqrt(variance + EPSILON) @ up
     branch = jnp.maximum(hidden, 0) ** 2 @ down + offset
     return (x if shortcut is None else shortcut * x) + keep[:, None, None, None] * branch
 
 
-def _by_kernels(form, arrays, cotangent):
+def _by_kernels(form, arrays, cotangent, norm):
     """The result, and the gradients of all arrays but the factors of images."""
     x, *others = arrays
-    run = functools.partial(mlp_mosaic.transform, epsilon=EPSILON, interpret=True)
-    run_back = functools.partial(mlp_mosaic.gradients, epsilon=EPSILON, interpret=True)
+    run = functools.partial(mlp_mosaic.transform, norm=norm, interpret=True)
+    run_back = functools.partial(mlp_mosaic.gradients, norm=norm, interpret=True)
 
     def left(array):
         return form.leave(array).reshape(x.shape)
@@ -81,38 +83,43 @@ def _assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("form", "grid", "has_shortcut"),
+    ("form", "grid", "has_shortcut", "norm"),
     [
         # Several rows in a step, one row in several products, several steps, tokens that do not
         # fill tiles, and images that the cores of a chip can or cannot share.
-        (Rows((3, 4, 48, 16), 48), (1, 3, 1, 1), True),
-        (Rows((3, 1, 416, 16), 48), (1, 3, 1, 1), False),
-        (Rows((2, 2, 864, 8), 24), (2, 1, 2, 2), True),
-        (Rows((4, 1, 133, 24), 72), (2, 2, 1, 1), False),
+        (Rows((3, 4, 48, 16), 48), (1, 3, 1, 1), True, OVER_CHANNELS),
+        (Rows((3, 1, 416, 16), 48), (1, 3, 1, 1), False, OVER_CHANNELS),
+        (Rows((2, 2, 864, 8), 24), (2, 1, 2, 2), True, OVER_CHANNELS),
+        (Rows((4, 2, 864, 8), 24), (2, 2, 2, 2), True, OVER_IMAGES),
+        (Rows((4, 1, 133, 24), 72), (2, 2, 1, 1), False, OVER_CHANNELS),
+        (Rows((4, 1, 133, 24), 72), (2, 2, 1, 1), False, OVER_IMAGES),
         # Several pixels in a product, several steps, and more images than lanes.
-        (Turned((6, 16, 128), 48), (1, 1, 1), True),
-        (Turned((66, 8, 256), 24), (1, 2, 11), False),
-        (Turned((8, 8, 128), 2048), (2, 1, 1), True),
+        (Turned((6, 16, 128), 48), (1, 1, 1), True, OVER_CHANNELS),
+        (Turned((66, 8, 256), 24), (1, 2, 11), False, OVER_CHANNELS),
+        (Turned((66, 8, 256), 24), (1, 2, 11), True, OVER_IMAGES),
+        (Turned((8, 8, 128), 2048), (2, 1, 1), True, OVER_CHANNELS),
+        (Turned((8, 8, 128), 2048), (2, 1, 1), False, OVER_IMAGES),
     ],
 )
-def test_values_and_gradients_are_those_of_autodiff(form, grid, has_shortcut, monkeypatch):
+def test_values_and_gradients_are_those_of_autodiff(form, grid, has_shortcut, norm, monkeypatch):
     monkeypatch.setattr(mlp_mosaic, "num_cores_of_chip", lambda: 2)
     assert form.grid(2) == grid
     arrays, cotangent = _arrays(_shape(form), form.num_hidden, has_shortcut=has_shortcut)
-    expected, vjp = jax.vjp(_expected, *arrays)
+    expected, vjp = jax.vjp(functools.partial(_expected, norm=norm), *arrays)
     by_x, _, *others = vjp(cotangent)
-    result, gradients = _by_kernels(form, arrays, cotangent)
+    result, gradients = _by_kernels(form, arrays, cotangent, norm)
     _assert_close(result, expected, 1e-6)
     for actual, gradient in zip(gradients, (by_x, *others), strict=True):
         _assert_close(actual, gradient, 5e-6)
 
 
-def test_in_bfloat16_only_what_is_multiplied_is_rounded():
+@pytest.mark.parametrize("norm", [OVER_CHANNELS, OVER_IMAGES])
+def test_in_bfloat16_only_what_is_multiplied_is_rounded(norm):
     arrays, cotangent = _arrays((4, 8, 112, 16), 64, jnp.bfloat16)
     wide = [array.astype(jnp.float32) for array in arrays]
-    expected, vjp = jax.vjp(_expected, *wide)
+    expected, vjp = jax.vjp(functools.partial(_expected, norm=norm), *wide)
     by_x, _, *others = vjp(cotangent.astype(jnp.float32))
-    result, gradients = _by_kernels(Rows((4, 8, 112, 16), 64), arrays, cotangent)
+    result, gradients = _by_kernels(Rows((4, 8, 112, 16), 64), arrays, cotangent, norm)
     assert result.dtype == gradients[0].dtype == jnp.bfloat16
     assert all(gradient.dtype == jnp.float32 for gradient in gradients[1:])
     # Eight bits: of what is multiplied, and of the result. Over 3,584 tokens no error adds up.
@@ -121,11 +128,12 @@ def test_in_bfloat16_only_what_is_multiplied_is_rounded():
         _assert_close(actual, wide_one, 2**-7)
 
 
+@pytest.mark.parametrize("norm", [OVER_CHANNELS, OVER_IMAGES])
 @pytest.mark.parametrize("form", [Rows((4, 1, 42, 16), 64), Turned((42, 16, 4), 64)])
-def test_without_kernels_the_function_is_the_same(form):
+def test_without_kernels_the_function_is_the_same(form, norm):
     arrays, cotangent = _arrays((4, 6, 7, 16), 64)
-    expected, vjp = jax.vjp(_expected, *arrays)
-    result, own_vjp = jax.vjp(functools.partial(residual_mlp, form, epsilon=EPSILON), *arrays)
+    expected, vjp = jax.vjp(functools.partial(_expected, norm=norm), *arrays)
+    result, own_vjp = jax.vjp(functools.partial(residual_mlp, form, norm=norm), *arrays)
     _assert_close(result, expected, 1e-6)
     for position, (actual, gradient) in enumerate(
         zip(own_vjp(cotangent), vjp(cotangent), strict=True)
@@ -162,13 +170,13 @@ def test_without_kernels_the_function_is_the_same(form):
 def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
     x = jax.ShapeDtypeStruct(shape, dtype)
     with on_tpus.traced_for("TPU v5 lite"):
-        assert mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=True) == expected
-        in_rows = mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=False)
+        assert mlp_mosaic.form_of(x, 4 * shape[-1], norm=OVER_CHANNELS, may_turn=True) == expected
+        in_rows = mlp_mosaic.form_of(x, 4 * shape[-1], norm=OVER_CHANNELS, may_turn=False)
         assert not isinstance(in_rows, Turned)
         assert in_rows == expected or shape[0] >= 128
         with without_kernels():
-            assert mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=True) is None
-    assert mlp_mosaic.form_of(x, 4 * shape[-1], may_turn=True) is None
+            assert mlp_mosaic.form_of(x, 4 * shape[-1], norm=OVER_CHANNELS, may_turn=True) is None
+    assert mlp_mosaic.form_of(x, 4 * shape[-1], norm=OVER_CHANNELS, may_turn=True) is None
 
 
 @pytest.mark.parametrize(
@@ -179,7 +187,10 @@ def test_weights_and_their_gradients_fit_into_the_vector_memory(chip, most_chann
     with on_tpus.traced_for(chip):
         forms = [
             mlp_mosaic.form_of(
-                jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16), 4 * c, may_turn=False
+                jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16),
+                4 * c,
+                norm=OVER_CHANNELS,
+                may_turn=False,
             )
             for c in (most_channels, most_channels + 128)
         ]
@@ -190,7 +201,9 @@ def test_the_matrix_units_of_early_chips_take_no_bfloat16():
     x = jax.ShapeDtypeStruct((2, 14, 14, 128), jnp.bfloat16)
     for chip, has_kernels in (("TPU v2", False), ("TPU v3", False), ("TPU v4", True)):
         with on_tpus.traced_for(chip):
-            assert (mlp_mosaic.form_of(x, 512, may_turn=False) is not None) == has_kernels
+            assert (
+                mlp_mosaic.form_of(x, 512, norm=OVER_CHANNELS, may_turn=False) is not None
+            ) == has_kernels
 
 
 @pytest.mark.parametrize(
@@ -200,9 +213,11 @@ def test_the_matrix_units_of_early_chips_take_no_bfloat16():
         ("caformer_s18", 128, [Turned, Turned, None, None]),
         ("caformer_b36", 64, [Rows, Rows, Rows, None]),
         ("convformer_s18", 128, [Turned, Turned, Turned, Turned]),
-        # Norms over whole images.
-        ("poolformerv2_s12", 128, [None, None, None, None]),
-        ("identityformer_s12", 128, [None, None, None, None]),
+        # After norms over images, hidden layers that fit into the vector memory have none.
+        ("poolformerv2_s12", 128, [Turned, Turned, Turned, None]),
+        ("identityformer_s12", 256, [Turned, Turned, Turned, Turned]),
+        ("randformer_s12", 32, [None, None, None, None]),
+        ("poolformerv2_m36", 64, [None, None, None, None]),
     ],
 )
 def test_stages_of_published_models_that_have_kernels(name, num_images, expected):
@@ -221,7 +236,7 @@ def test_images_of_unknown_number_have_none():
     (batch,) = jax.export.symbolic_shape("batch")
     x = jax.ShapeDtypeStruct((batch, 28, 28, 128), jnp.bfloat16)
     with compiled_for("tpu"):
-        assert mlp_mosaic.form_of(x, 512, may_turn=True) is None
+        assert mlp_mosaic.form_of(x, 512, norm=OVER_CHANNELS, may_turn=True) is None
 
 
 def _block(mixer=Attention, dim=128, *, resolution=12, dtype=jnp.bfloat16, **options):
@@ -258,6 +273,8 @@ def _loss(block, x, *, remat="none", scan=0):
         (Attention, {}, {}),
         (IdentityMixing, {"drop_path_rate": 0.0}, {"remat": "block", "scan": 1}),
         (Pooling, {"res_scale_init": None}, {}),
+        (Pooling, {"norm": image_layer_norm}, {}),
+        (IdentityMixing, {"norm": image_layer_norm, "res_scale_init": None}, {"remat": "mlp"}),
         (SepConv, {"res_scale_init": None}, {"remat": "mlp"}),
     ],
 )
@@ -268,7 +285,7 @@ def test_a_block_is_the_same_with_and_without(mixer, options, how, monkeypatch):
     expected = value_and_grad(block, x)
     calls = []
 
-    def form_of(x, num_hidden, *, may_turn):
+    def form_of(x, num_hidden, *, norm, may_turn):
         """Whatever the limits of the kernels: what they compute is run in their place."""
         calls.append(x.shape)
         b, h, w, c = x.shape
@@ -305,7 +322,7 @@ def test_changed_layers_have_no_kernels():
     rngs = nnx.Rngs(0)
     blocks = [
         _block(dtype=jnp.float32),
-        _block(norm=image_layer_norm),
+        _block(norm=functools.partial(layer_norm, axes=(1, 2))),
         _block(norm=functools.partial(layer_norm, use_bias=True)),
         changed("mlp", part=_OwnMlp(128, dtype=jnp.bfloat16, rngs=rngs)),
         changed("mlp", "act", part=nnx.Dropout(0.5)),
@@ -344,15 +361,16 @@ def _lowered(function, x, platform="tpu"):
         return jax.jit(function).trace(x).lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.parametrize("norm", [OVER_CHANNELS, OVER_IMAGES])
 @pytest.mark.parametrize("is_turned", [False, True])
-def test_everything_may_be_mapped(is_turned):
+def test_everything_may_be_mapped(is_turned, norm):
     form = Turned((8, 64, 128), 256) if is_turned else Rows((2, 1, 144, 128), 256)
 
     def gradients(x, keep, up, down, offset):
         shortcut = jnp.ones_like(offset)
 
         def loss(x, up):
-            y = residual_mlp(form, x, keep, shortcut, up, down, offset, epsilon=EPSILON)
+            y = residual_mlp(form, x, keep, shortcut, up, down, offset, norm=norm)
             return jnp.sum(y.astype(jnp.float32))
 
         return jax.value_and_grad(loss, (0, 1))(x, up)
@@ -366,14 +384,15 @@ def test_everything_may_be_mapped(is_turned):
     assert lowered.as_text().count("tpu_custom_call") == 2
 
 
-def test_places_of_blocks_have_32_bits_whatever_the_default():
+@pytest.mark.parametrize("norm", [OVER_CHANNELS, OVER_IMAGES])
+def test_places_of_blocks_have_32_bits_whatever_the_default(norm):
     for form in (Rows((2, 1, 144, 128), 256), Turned((8, 64, 128), 256)):
         arrays, cotangent = _arrays(_shape(form), form.num_hidden, jnp.bfloat16)
 
         def both(x, *others, form=form, cotangent=cotangent):
-            y = mlp_mosaic.transform(form, form.enter(x), *others, epsilon=EPSILON)
+            y = mlp_mosaic.transform(form, form.enter(x), *others, norm=norm)
             given = form.enter(cotangent)
-            return y, mlp_mosaic.gradients(form, form.enter(x), *others, given, epsilon=EPSILON)
+            return y, mlp_mosaic.gradients(form, form.enter(x), *others, given, norm=norm)
 
         on_tpus.assert_places_have_32_bits(both, *arrays, num_kernels=2)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaformer_jax.models.normalization import LayerNorm
+from metaformer_jax.models.normalization import LayerNorm, _moments_in_one_pass, moments
 
 SETTINGS = [
     {"reduction_axes": -1, "use_bias": False},
@@ -45,6 +45,39 @@ def test_a_mean_far_from_zero_costs_no_precision():
     wide = np.asarray(x, np.float64)
     expected = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
     np.testing.assert_allclose(norm(x), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["as ever", "far from zero", "the first rows far from the others", "constant"]
+)
+def test_moments_of_images_lose_no_precision_in_one_pass(name):
+    x = np.random.default_rng(0).normal(size=(3, 32, 5, 6))
+    x += {"far from zero": 1000}.get(name, 0)
+    x[:, :2] += {"the first rows far from the others": 1000}.get(name, 0)
+    x = np.asarray(0 * x + 0.1 if name == "constant" else x, np.float32)
+    axes = (1, 2, 3)
+    mean, variance = _moments_in_one_pass(jnp.asarray(x), axes=axes)
+    wide = x.astype(np.float64)
+    largest = np.abs(wide).max()
+    np.testing.assert_allclose(mean, wide.mean(axes, keepdims=True), rtol=0, atol=1e-6 * largest)
+    # Up to sixteen times the rounding of a sum: the first rows are a sixteenth of the images.
+    np.testing.assert_allclose(variance, wide.var(axes, keepdims=True), rtol=2e-5, atol=1e-15)
+
+
+def test_derivatives_of_moments_are_those_in_two_passes():
+    x = 3 + jax.random.normal(jax.random.key(0), (2, 5, 3, 4))
+    weights = jax.random.normal(jax.random.key(1), (2, 2, 1, 1, 1))
+
+    def derivatives(function):
+        def loss(x):
+            both = jnp.stack(function(x, axes=(1, 2, 3)))
+            return jnp.sum(weights * both**2)
+
+        return jax.grad(loss)(x), jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 3))(x)
+
+    pairs = zip(derivatives(_moments_in_one_pass), derivatives(moments), strict=True)
+    for actual, expected in pairs:
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_in_bfloat16_statistics_are_float32():

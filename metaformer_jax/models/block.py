@@ -10,13 +10,15 @@ from jaxtyping import Array, Float
 from metaformer_jax.models import mlp_mosaic
 from metaformer_jax.models.layers import DropPath, ImageKeys, Linear, Mlp, NormFn, ResScale
 from metaformer_jax.models.mixers import Attention, IdentityMixing, SepConv, TokenMixerFn
-from metaformer_jax.models.mlp_forms import Form, Rows
+from metaformer_jax.models.mlp_forms import Form, Norm, Rows
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.models.residual_mlp import residual_mlp
 from metaformer_jax.models.star_relu import StarReLU
 
 # Mixers that do not know which tokens are neighbours.
 _TAKE_ANY_ROWS = (Attention, IdentityMixing)
+# Axes over which norms have kernels.
+_OVER_CHANNELS, _OVER_IMAGES = (-1, (-1,)), (1, 2, 3)
 
 
 class MetaFormerBlock(nnx.Module):
@@ -110,7 +112,7 @@ class MetaFormerBlock(nnx.Module):
         is_published = (
             type(norm) is LayerNorm
             and norm.bias is None
-            and norm.reduction_axes in (-1, (-1,))
+            and norm.reduction_axes in (*_OVER_CHANNELS, _OVER_IMAGES)
             and type(mlp) is Mlp
             and [*map(type, (mlp.fc1, mlp.act, mlp.fc2))] == [Linear, StarReLU, Linear]
             and type(self.drop_path2) in (DropPath, NoneType)
@@ -121,7 +123,13 @@ class MetaFormerBlock(nnx.Module):
             return None
         # Attention takes matrices of the tokens of an image.
         may_turn = not isinstance(self.token_mixer, Attention)
-        return mlp_mosaic.form_of(x, mlp.fc1.out_features, may_turn=may_turn)
+        return mlp_mosaic.form_of(
+            x, mlp.fc1.out_features, norm=self._norm_of_kernels(), may_turn=may_turn
+        )
+
+    def _norm_of_kernels(self) -> Norm:
+        norm: Any = self.norm2
+        return Norm(norm.epsilon, is_over_images=norm.reduction_axes == _OVER_IMAGES)
 
     def _transform_by_kernels(
         self, form: Form, x: Float[Array, "b h w c"], rngs: nnx.Rngs | ImageKeys | None
@@ -146,7 +154,7 @@ class MetaFormerBlock(nnx.Module):
             norm_scale[:, None] * up,
             scale * down,
             bias * down.sum(0),
-            epsilon=norm.epsilon,
+            norm=self._norm_of_kernels(),
         )
 
 

@@ -1,6 +1,7 @@
-"""The two forms in which the kernels of `mlp_mosaic` take images, and how they divide them."""
+"""What the kernels of `mlp_mosaic` take: images in two forms, which they divide, and norms."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -21,6 +22,19 @@ _FEWEST_AT_ONCE, _MOST_AT_ONCE, _MOST_OF_STEP = 48, 208, 784
 _MOST_PIXELS_AT_ONCE, _MOST_PIXELS_OF_STEP = 8, 32
 # Numbers in the hidden layer of the tokens of one product, and of one step.
 _FEWEST_HIDDEN, _MOST_HIDDEN, _MOST_HIDDEN_OF_STEP = 2**16, 2**18, 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """Which values have a mean of zero and a variance of one after the norm.
+
+    Attributes:
+        epsilon: added to the variance.
+        is_over_images: all those of an image; otherwise all channels of a token.
+    """
+
+    epsilon: float
+    is_over_images: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +114,8 @@ class Rows:
         cores = math.gcd(b, num_cores)
         return cores, b // cores, h // num_rows, w // tokens
 
-    def blocks(self, num_cores: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-        """Of the factors of images, and of the array."""
+    def blocks(self, num_cores: int, of_images: Any) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+        """Of what is given of images, and of the array."""
         # Programs for other platforms do not wait for this import.
         from jax.experimental.pallas import tpu as mosaic
 
@@ -110,17 +124,34 @@ class Rows:
         def place(core: Any, image: Any, *others: Any) -> tuple[Any, ...]:
             return core * images_of_core + image, *others, 0
 
-        # As a matrix: `jax.vmap` gives it another axis, and of a block one axis must be whole.
-        factors = block_spec((1, self.shape[0]), lambda *_: (0, 0), memory_space=mosaic.SMEM)
-        return factors, block_spec(self.step, place)
+        given = block_spec(of_images.shape, lambda *_: (0, 0), memory_space=mosaic.SMEM)
+        return given, block_spec(self.step, place)
 
-    def factors(self, keep: Float[Array, " b"]) -> Float[Array, "1 b"]:
-        """Those of images, as the kernels take them."""
-        return keep[None]
+    def of_image(self, of_images: Any, row: int) -> Any:
+        """In a kernel, what this row gives of the image of the tokens of a product."""
+        return of_images[row, pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
 
-    def factor(self, keep: Any) -> Any:
-        """In a kernel, that of the tokens of a product."""
-        return keep[0, pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
+    def along_images(self, of_images: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
+        """One number for each image, along the array."""
+        return of_images[:, None, None, None]
+
+    def image_sums(self, num_cores: int) -> tuple[tuple[int, ...], pl.BlockSpec]:
+        """The shape of two sums over each image, which stay apart by channel, and its blocks."""
+        b, *_, c = self.shape
+        images_of_core = self.grid(num_cores)[1]
+
+        def place(core: Any, image: Any, *_: Any) -> tuple[Any, ...]:
+            return core * images_of_core + image, 0, 0
+
+        return (b, 2, c), block_spec((1, 2, c), place)
+
+    def sum_over_image(self, tokens: Float[Array, "t c"]) -> Float[Array, "1 c"]:
+        """In a kernel, what the tokens of a product add to a sum over their image."""
+        return tokens.sum(0, keepdims=True)
+
+    def image_means(self, sums: Float[Array, "b 2 c"]) -> Float[Array, "2 b"]:
+        """The means over each image, of these sums."""
+        return sums.sum(2).T / math.prod(self.shape[1:])
 
     def read(self, array: Any, part: Any) -> Float[Array, "t c"]:
         """In a kernel, the tokens of a part."""
@@ -205,23 +236,39 @@ class Turned:
         cores = math.gcd(num_steps, num_cores)
         return cores, b // LANES, num_steps // cores
 
-    def blocks(self, num_cores: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-        """Of the factors of images, and of the array."""
+    def blocks(self, num_cores: int, of_images: Any) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+        """Of what is given of images, and of the array."""
         steps_of_core = self.grid(num_cores)[2]
 
         def place(core: Any, images: Any, pixels: Any) -> tuple[Any, ...]:
             return core * steps_of_core + pixels, 0, images
 
-        factors = block_spec((1, LANES), lambda _, images, __: (0, images))
-        return factors, block_spec(self.step, place)
+        given = block_spec((len(of_images), LANES), lambda _, images, __: (0, images))
+        return given, block_spec(self.step, place)
 
-    def factors(self, keep: Float[Array, " b"]) -> Float[Array, "1 b"]:
-        """Those of images, as the kernels take them."""
-        return keep[None]
+    def of_image(self, of_images: Any, row: int) -> Any:
+        """In a kernel, what this row gives of the images of the tokens of a product."""
+        images = of_images[row : row + 1]
+        return jnp.concatenate([images] * (self.num_tokens_at_once // LANES), axis=1)
 
-    def factor(self, keep: Any) -> Any:
-        """In a kernel, those of the tokens of a product."""
-        return jnp.concatenate([keep[...]] * (self.num_tokens_at_once // LANES), axis=1)
+    def along_images(self, of_images: Float[Array, " b"]) -> Float[Array, " b"]:
+        """One number for each image, along the array."""
+        return of_images
+
+    def image_sums(self, num_cores: int) -> tuple[tuple[int, ...], pl.BlockSpec]:
+        """The shape of two sums over each image, which stay apart by core, and its blocks."""
+        shape = self.grid(num_cores)[0], 2, self.shape[2]
+        return shape, block_spec((1, 2, LANES), lambda core, images, _: (core, 0, images))
+
+    def sum_over_image(self, tokens: Float[Array, "c t"]) -> Float[Array, "1 images"]:
+        """In a kernel, what the tokens of a product add to a sum over their images."""
+        by_token = tokens.sum(0, keepdims=True)
+        starts = range(0, by_token.shape[1], LANES)
+        return functools.reduce(jnp.add, (by_token[:, at : at + LANES] for at in starts))
+
+    def image_means(self, sums: Float[Array, "cores 2 b"]) -> Float[Array, "2 b"]:
+        """The means over each image, of these sums."""
+        return sums.sum(0) / math.prod(self.shape[:2])
 
     def read(self, array: Any, part: Any) -> Float[Array, "c t"]:
         """In a kernel, the tokens of a part."""

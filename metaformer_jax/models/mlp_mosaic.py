@@ -4,10 +4,12 @@ The hidden layer has four times as many channels as the block. The compiler for 
 memory and reads it again, in the backward pass several times. A kernel takes some tokens after the
 other from the norm to the sum with the shortcut, and their hidden layer never leaves the chip's
 vector memory. The backward pass computes it again, and keeps the sums over all tokens there, too.
+Means over whole images are taken by XLA: before a kernel, and in the backward pass after it.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,19 +19,38 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from metaformer_jax.models.lanes import LANES
-from metaformer_jax.models.mlp_forms import Form, Rows, Turned, num_bytes
-from metaformer_jax.models.mosaic import block_spec, fits, num_cores_of_chip, product, takes
+from metaformer_jax.models.mlp_forms import Form, Norm, Rows, Turned, num_bytes
+from metaformer_jax.models.mosaic import (
+    block_spec,
+    fits,
+    num_cores_of_chip,
+    product,
+    takes,
+    vector_memory,
+)
+from metaformer_jax.models.normalization import moments
+
+# Of a core's vector memory, what the hidden layer takes at least for kernels to gain after a norm
+# over images. XLA's own operations keep a smaller one there, and such a norm costs them little. By
+# estimates for v5e, with 128 MiB, kernels lose up to 37 MiB and gain from 49 MiB on.
+_LEAST_HIDDEN = 0.35
 
 
-def form_of(x: Float[Array, "b h w c"], num_hidden: int, *, may_turn: bool) -> Form | None:
+def form_of(
+    x: Float[Array, "b h w c"], num_hidden: int, *, norm: Norm, may_turn: bool
+) -> Form | None:
     """The form in which kernels take such an array, in a program that is meant for TPUs.
 
     Args:
         x: the input.
         num_hidden: channels of the hidden layer.
+        norm: of the input.
         may_turn: whether images along the lanes are as good as channels for what comes before.
     """
     if not takes(x):
+        return None
+    hidden = x.dtype.itemsize * x.size // x.shape[-1] * num_hidden
+    if norm.is_over_images and hidden < _LEAST_HIDDEN * vector_memory():
         return None
     form = (Turned.of(x.shape, num_hidden) if may_turn else None) or Rows.of(x.shape, num_hidden)
     return form if form is not None and fits(num_bytes(form)) else None
@@ -44,7 +65,7 @@ def transform(
     down: Float[Array, "d c"],
     offset: Float[Array, " c"],
     *,
-    epsilon: float,
+    norm: Norm,
     interpret: bool = False,
 ) -> Array:
     """`residual_mlp.residual_mlp` for an array in this form.
@@ -57,19 +78,20 @@ def transform(
         up: from the channels to those of the hidden layer.
         down: back from these.
         offset: for each channel.
-        epsilon: of the norm.
+        norm: of the input.
         interpret: interprets the kernel, slowly, on any device.
     """
     from jax.experimental.pallas import tpu as mosaic
 
     vectors = _vectors(form, offset, shortcut)
+    of_images = _of_images(form, x, keep, norm)
     # The core that takes a step does not matter here, and is left to the compiler.
-    factors, tokens = form.blocks(1)
+    given, tokens = form.blocks(1, of_images)
     grid = form.grid(1)
     return pl.pallas_call(
-        functools.partial(_transform, form, epsilon=epsilon),
+        functools.partial(_transform, form, norm=norm),
         grid=grid,
-        in_specs=[factors, tokens, *map(_whole, (up, down, *vectors))],
+        in_specs=[given, tokens, *map(_whole, (up, down, *vectors))],
         out_specs=tokens,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         compiler_params=mosaic.CompilerParams(
@@ -79,7 +101,7 @@ def transform(
         name="mlp_transform",
         cost_estimate=_cost(x, up, products=2, arrays=2),
         metadata=_cycles(form, up, form.forward_cycles),
-    )(form.factors(keep), x, up.astype(x.dtype), down.astype(x.dtype), *vectors)
+    )(of_images, x, up.astype(x.dtype), down.astype(x.dtype), *vectors)
 
 
 def gradients(
@@ -92,25 +114,33 @@ def gradients(
     offset: Float[Array, " c"],
     cotangent: Array,
     *,
-    epsilon: float,
+    norm: Norm,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array | None, Array, Array, Array]:
     """The gradients of all arrays of `transform`, among which `keep` is a constant."""
     from jax.experimental.pallas import tpu as mosaic
 
     _, *of_shortcut = vectors = _vectors(form, offset, shortcut)
+    of_images = _of_images(form, x, keep, norm)
     # Each core of a chip has its own sums.
-    factors, tokens = form.blocks(num_cores_of_chip())
-    grid = form.grid(num_cores_of_chip())
+    num_cores = num_cores_of_chip()
+    given, tokens = form.blocks(num_cores, of_images)
+    grid = form.grid(num_cores)
     sums = [
         jax.ShapeDtypeStruct((grid[0], *array.shape), jnp.float32) for array in (up, up, *vectors)
     ]
+    out_shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype), *sums]
+    out_specs = [tokens, *map(_of_core, sums)]
+    if norm.is_over_images:
+        shape, block = form.image_sums(num_cores)
+        out_shapes.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        out_specs.append(block)
     by_x, *totals = pl.pallas_call(
-        functools.partial(_gradients, form, epsilon=epsilon),
+        functools.partial(_gradients, form, norm=norm),
         grid=grid,
-        in_specs=[factors, tokens, tokens, *map(_whole, (up, down, *of_shortcut))],
-        out_specs=[tokens, *map(_of_core, sums)],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *sums],
+        in_specs=[given, tokens, tokens, *map(_whole, (up, down, *of_shortcut))],
+        out_specs=out_specs,
+        out_shape=out_shapes,
         compiler_params=mosaic.CompilerParams(
             dimension_semantics=(mosaic.PARALLEL, *(mosaic.ARBITRARY,) * (len(grid) - 1)),
             vmem_limit_bytes=num_bytes(form),
@@ -120,7 +150,7 @@ def gradients(
         cost_estimate=_cost(x, up, products=5, arrays=3),
         metadata=_cycles(form, up, form.backward_cycles),
     )(
-        form.factors(keep),
+        of_images,
         x,
         cotangent,
         up.astype(x.dtype),
@@ -128,6 +158,9 @@ def gradients(
         (2 * down).astype(x.dtype),
         *of_shortcut,
     )
+    if norm.is_over_images:
+        # Known when the kernel has seen the whole image.
+        by_x = _moved_back(form, x, by_x, of_images, form.image_means(totals.pop()))
     by_up, by_down, *by_vectors = (total.sum(0) for total in totals)
     by_offset, by_shortcut = (*(one.ravel() for one in by_vectors), None)[:2]
     return by_x, jnp.zeros_like(keep), by_shortcut, by_up, by_down.T, by_offset
@@ -135,53 +168,63 @@ def gradients(
 
 def _transform(
     form: Form,
-    keep: Any,
+    of_images: Any,
     x: Any,
     up: Any,
     down: Any,
     offset: Any,
     *others: Any,
-    epsilon: float,
+    norm: Norm,
 ) -> None:
     *shortcut, out = others
-    factor = form.factor(keep)
+    keep = form.of_image(of_images, 0)
+    normalize = _normalizing(form, of_images, norm)
     for part in form.parts:
         wide = form.read(x, part)
-        normalized, _ = _normalize(wide, form.channel_axis, epsilon)
+        normalized, _ = normalize(wide)
         positive = jnp.maximum(form.apply(up, normalized.astype(up.dtype), 0), 0)
         branch = form.apply(down, jnp.square(positive).astype(down.dtype), 0) + offset[...]
         kept = wide * shortcut[0][...] if shortcut else wide
-        form.write(out, part, kept + factor * branch)
+        form.write(out, part, kept + keep * branch)
 
 
 def _gradients(
     form: Form,
-    keep: Any,
+    of_images: Any,
     x: Any,
     cotangent: Any,
     up: Any,
     twice_down: Any,
     *others: Any,
-    epsilon: float,
+    norm: Norm,
 ) -> None:
-    # By the shortcut there is one more sum.
-    has_shortcut = len(others) == 6
-    *shortcut, by_x, by_up, by_down, by_offset = others[: 4 + has_shortcut]
-    totals = others[has_shortcut + 1 :]
+    outputs = list(others)
+    by_image = outputs.pop() if norm.is_over_images else None
+    # With a shortcut comes one more sum.
+    shortcut = outputs.pop(0) if len(outputs) == 6 else None
+    by_x, *totals = outputs
+    by_up, by_down, by_offset = totals[:3]
     # All axes of the grid but that of the cores.
-    places = [pl.program_id(axis) for axis in range(1, len(form.grid(1)))]
+    is_first = [pl.program_id(axis) == 0 for axis in range(1, len(form.grid(1)))]
     channels, over_tokens = form.channel_axis, (form.token_axis, form.token_axis)
 
-    @pl.when(functools.reduce(jnp.logical_and, (place == 0 for place in places)))
+    @pl.when(functools.reduce(jnp.logical_and, is_first))
     def _() -> None:
         for total in totals:
             total[...] = jnp.zeros_like(total)
 
-    factor = form.factor(keep)
+    if by_image is not None:
+
+        @pl.when(functools.reduce(jnp.logical_and, is_first[1:]))
+        def _() -> None:
+            by_image[...] = jnp.zeros_like(by_image)
+
+    keep = form.of_image(of_images, 0)
+    normalize = _normalizing(form, of_images, norm)
     for part in form.parts:
         wide, given = form.read(x, part), form.read(cotangent, part)
-        by_branch = factor * given
-        normalized, inverse = _normalize(wide, channels, epsilon)
+        by_branch = keep * given
+        normalized, inverse = normalize(wide)
         narrow, shares = normalized.astype(up.dtype), by_branch.astype(up.dtype)
         positive = jnp.maximum(form.apply(up, narrow, 0), 0)
         by_hidden = (form.apply(twice_down, shares, 1) * positive).astype(up.dtype)
@@ -190,21 +233,55 @@ def _gradients(
         # Transposed: of the two matrices, the one with fewer channels is turned for the product.
         by_down[0] += product(shares, jnp.square(positive).astype(up.dtype), over_tokens)
         by_offset[0] += by_branch.sum(form.token_axis, keepdims=True)
-        # A shift or a scaling of all channels does not change what the norm returns.
-        moved = by_normalized.mean(channels, keepdims=True)
-        stretched = (by_normalized * normalized).mean(channels, keepdims=True)
-        by_input = inverse * (by_normalized - moved - normalized * stretched)
-        if has_shortcut:
-            others[-1][0] += (given * wide).sum(form.token_axis, keepdims=True)
-            given = given * shortcut[0][...]
-        form.write(by_x, part, by_input + given)
+        by_centred = by_normalized
+        if by_image is not None:
+            by_image[0, :1] += form.sum_over_image(by_normalized)
+            by_image[0, 1:] += form.sum_over_image(by_normalized * normalized)
+        else:
+            # A shift or a scaling of all channels does not change what the norm returns.
+            moved = by_normalized.mean(channels, keepdims=True)
+            stretched = (by_normalized * normalized).mean(channels, keepdims=True)
+            by_centred = by_normalized - moved - normalized * stretched
+        if shortcut is not None:
+            totals[-1][0] += (given * wide).sum(form.token_axis, keepdims=True)
+            given = given * shortcut[...]
+        form.write(by_x, part, inverse * by_centred + given)
 
 
-def _normalize(x: Array, axis: int, epsilon: float) -> tuple[Array, Array]:
-    """`x` with a mean of zero and a variance of one, and the factor that this took."""
-    centred = x - x.mean(axis, keepdims=True)
-    inverse = lax.rsqrt(jnp.square(centred).mean(axis, keepdims=True) + epsilon)
-    return centred * inverse, inverse
+def _of_images(form: Form, x: Array, keep: Float[Array, " b"], norm: Norm) -> Float[Array, "k b"]:
+    """What a kernel is given of each image: factors, and mean and inverse deviation where needed.
+
+    A matrix: `jax.vmap` puts another axis before it, and of a block one axis must be whole.
+    """
+    rows = [keep]
+    if norm.is_over_images:
+        mean, variance = moments(form.leave(x), (1, 2))
+        rows += [mean.ravel(), lax.rsqrt(variance.ravel() + norm.epsilon)]
+    # `jnp.stack` would put the axis of `jax.vmap` between the two.
+    return jnp.concatenate([row[None] for row in rows])
+
+
+def _moved_back(form: Form, x: Array, by_x: Array, of_images: Array, means: Array) -> Array:
+    """The gradient by `x`, without what a shift or a scaling of a whole image would change."""
+    mean, inverse, moved, stretched = map(form.along_images, (*of_images[1:], *means))
+    wide = by_x.astype(jnp.float32)
+    normalized = (x.astype(jnp.float32) - mean) * inverse
+    return (wide - inverse * (moved + normalized * stretched)).astype(by_x.dtype)
+
+
+def _normalizing(form: Form, of_images: Any, norm: Norm) -> Callable[[Array], tuple[Array, Array]]:
+    """In a kernel: tokens with a mean of zero and a variance of one, and the factor it takes."""
+    if norm.is_over_images:
+        mean, inverse = form.of_image(of_images, 1), form.of_image(of_images, 2)
+        return lambda tokens: ((tokens - mean) * inverse, inverse)
+
+    def normalize(tokens: Array) -> tuple[Array, Array]:
+        centred = tokens - tokens.mean(form.channel_axis, keepdims=True)
+        variance = jnp.square(centred).mean(form.channel_axis, keepdims=True)
+        inverse = lax.rsqrt(variance + norm.epsilon)
+        return centred * inverse, inverse
+
+    return normalize
 
 
 def _vectors(form: Form, *vectors: Float[Array, " c"] | None) -> list[Array]:

@@ -31,9 +31,13 @@ def takes(x: Any) -> bool:
 
 def fits(num_bytes: int) -> bool:
     """Whether a core's vector memory holds so many bytes, and what the compiler needs besides."""
+    return num_bytes <= 0.9 * vector_memory()
+
+
+def vector_memory() -> int:
+    """Of a core, in bytes."""
     chip = _chip()
-    capacity = _LEAST_VECTOR_MEMORY if chip is None else chip.vmem_capacity_bytes
-    return num_bytes <= 0.9 * capacity
+    return _LEAST_VECTOR_MEMORY if chip is None else chip.vmem_capacity_bytes
 
 
 def num_cores_of_chip() -> int:

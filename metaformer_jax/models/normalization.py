@@ -20,6 +20,9 @@ from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.schedule import run_after
 from metaformer_jax.models.triton import has_kernels
 
+# Of the values of an image, what is averaged to shift all of them: one sixteenth.
+_FRACTION = 16
+
 
 class LayerNorm(nnx.LayerNorm):
     """Flax's layer normalisation with a custom backward pass; with a scale, optionally a bias.
@@ -56,11 +59,39 @@ def _forward(
     x: Array, scale: Array, axes: tuple[int, ...], epsilon: float
 ) -> tuple[Array, tuple[Array, ...]]:
     wide = x.astype(wide_dtype(x.dtype))
-    mean = checkpoint_name(_unfused(jnp.mean(wide, axes, keepdims=True)), STATISTICS)
-    centred = wide - mean
-    inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + epsilon)
-    inverse = checkpoint_name(_unfused(inverse), STATISTICS)
-    return centred * (inverse * scale), (x, scale, mean, inverse)
+    mean, variance = moments(x, axes)
+    mean = checkpoint_name(mean, STATISTICS)
+    inverse = checkpoint_name(_unfused(lax.rsqrt(variance + epsilon)), STATISTICS)
+    return (wide - mean) * (inverse * scale), (x, scale, mean, inverse)
+
+
+def moments(x: Float[Array, "b *c"], axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Mean and variance over these axes, which are kept, in float32 or wider."""
+    in_two_passes = functools.partial(_moments_in_two_passes, axes=axes)
+    if len(axes) == 1:
+        return in_two_passes(x)
+    # The values of whole images do not stay on a TPU's chip from one pass to the next.
+    in_one_pass = functools.partial(_moments_in_one_pass, axes=axes)
+    return lax.platform_dependent(x, tpu=in_one_pass, default=in_two_passes)
+
+
+def _moments_in_two_passes(x: Array, *, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    wide = x.astype(wide_dtype(x.dtype))
+    mean = _unfused(jnp.mean(wide, axes, keepdims=True))
+    return mean, jnp.mean(jnp.square(wide - mean), axes, keepdims=True)
+
+
+def _moments_in_one_pass(x: Array, *, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    # The variance as a difference loses the precision by which the mean, squared, exceeds it. The
+    # mean after a shift by that of a fraction `f` of the values does so by (1 - f) / f at most.
+    size, dtype = x.shape[axes[0]], wide_dtype(x.dtype)
+    # Taken before the conversion, which is then not written to memory.
+    some = lax.slice_in_dim(x, 0, -(-size // _FRACTION), axis=axes[0]).astype(dtype)
+    shift = lax.stop_gradient(jnp.mean(some, axes, keepdims=True))
+    shifted = x.astype(dtype) - shift
+    mean = jnp.mean(shifted, axes, keepdims=True)
+    variance = jnp.mean(jnp.square(shifted), axes, keepdims=True) - jnp.square(mean)
+    return shift + mean, jnp.maximum(variance, 0)
 
 
 def _backward(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models import mlp_mosaic
 from metaformer_jax.models.kernels import differentiated_as
-from metaformer_jax.models.mlp_forms import Form
+from metaformer_jax.models.mlp_forms import Form, Norm
 
 
 def residual_mlp(
@@ -25,13 +25,13 @@ def residual_mlp(
     down: Float[Array, "d c"],
     offset: Float[Array, " c"],
     *,
-    epsilon: float,
+    norm: Norm,
 ) -> Float[Array, "b h w c"]:
     """`shortcut * x + keep * (relu(norm(x) @ up) ** 2 @ down + offset)`.
 
-    The norm is over the channels, with neither scale nor bias: a scale belongs into `up`, the scale
-    and bias of a StarReLU into `down` and `offset`. Norm and sums are float32, what is multiplied
-    by `up` and `down` has the dtype of `x`. Only the arguments are kept for the backward pass.
+    The norm has neither scale nor bias: a scale belongs into `up`, the scale and bias of a StarReLU
+    into `down` and `offset`. Norm and sums are float32, what is multiplied by `up` and `down` has
+    the dtype of `x`. Only the arguments are kept for the backward pass.
 
     Args:
         form: in which the kernels take `x`.
@@ -41,31 +41,29 @@ def residual_mlp(
         up: from the channels to those of the hidden layer, float32.
         down: back from these, float32.
         offset: float32.
-        epsilon: of the norm.
+        norm: of the input.
     """
     arrays = form.enter(x), keep, shortcut, up, down, offset
-    return form.leave(_residual_mlp(form, epsilon, *arrays)).reshape(x.shape)
+    return form.leave(_residual_mlp(form, norm, *arrays)).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _residual_mlp(form: Form, epsilon: float, *arrays: Any) -> Array:
-    plain = functools.partial(_plain, form, epsilon=epsilon)
-    kernel = functools.partial(mlp_mosaic.transform, form, epsilon=epsilon)
+def _residual_mlp(form: Form, norm: Norm, *arrays: Any) -> Array:
+    plain = functools.partial(_plain, form, norm=norm)
+    kernel = functools.partial(mlp_mosaic.transform, form, norm=norm)
     return lax.platform_dependent(*arrays, tpu=differentiated_as(plain, kernel), default=plain)
 
 
-def _forward(form: Form, epsilon: float, *arrays: Any) -> tuple[Array, tuple[Any, ...]]:
-    return _residual_mlp(form, epsilon, *arrays), arrays
+def _forward(form: Form, norm: Norm, *arrays: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _residual_mlp(form, norm, *arrays), arrays
 
 
-def _backward(
-    form: Form, epsilon: float, arrays: tuple[Any, ...], cotangent: Array
-) -> tuple[Any, ...]:
+def _backward(form: Form, norm: Norm, arrays: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
     def plain(*arrays: Any) -> tuple[Any, ...]:
         *inputs, cotangent = arrays
-        return jax.vjp(functools.partial(_plain, form, epsilon=epsilon), *inputs)[1](cotangent)
+        return jax.vjp(functools.partial(_plain, form, norm=norm), *inputs)[1](cotangent)
 
-    kernel = functools.partial(mlp_mosaic.gradients, form, epsilon=epsilon)
+    kernel = functools.partial(mlp_mosaic.gradients, form, norm=norm)
     return lax.platform_dependent(
         *arrays, cotangent, tpu=differentiated_as(plain, kernel), default=plain
     )
@@ -83,7 +81,7 @@ def _plain(
     down: Array,
     offset: Array,
     *,
-    epsilon: float,
+    norm: Norm,
 ) -> Array:
     def multiply(x: Array, weights: Array, dtype: Any) -> Array:
         return jnp.matmul(
@@ -91,8 +89,10 @@ def _plain(
         )
 
     wide = form.leave(x).astype(up.dtype)
-    centred = wide - wide.mean(-1, keepdims=True)
-    normalized = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    axes = (1, 2) if norm.is_over_images else -1
+    centred = wide - wide.mean(axes, keepdims=True)
+    variance = jnp.square(centred).mean(axes, keepdims=True)
+    normalized = centred * lax.rsqrt(variance + norm.epsilon)
     squares = jnp.square(jnp.maximum(multiply(normalized, up, x.dtype), 0))
     branch = multiply(squares, down, x.dtype) + offset
     kept = wide if shortcut is None else wide * shortcut
