@@ -142,6 +142,10 @@ def test_without_kernels_the_function_is_the_same(form, norm):
         _assert_close(actual, 0 * gradient if position == 1 else gradient, 5e-6)
 
 
+def _form_of(x, *, may_turn=True):
+    return mlp_mosaic.form_of(x, 4 * x.shape[-1], norm=OVER_CHANNELS, may_turn=may_turn)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "expected"),
     [
@@ -170,13 +174,13 @@ def test_without_kernels_the_function_is_the_same(form, norm):
 def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
     x = jax.ShapeDtypeStruct(shape, dtype)
     with on_tpus.traced_for("TPU v5 lite"):
-        assert mlp_mosaic.form_of(x, 4 * shape[-1], norm=OVER_CHANNELS, may_turn=True) == expected
-        in_rows = mlp_mosaic.form_of(x, 4 * shape[-1], norm=OVER_CHANNELS, may_turn=False)
+        assert _form_of(x) == expected
+        in_rows = _form_of(x, may_turn=False)
         assert not isinstance(in_rows, Turned)
         assert in_rows == expected or shape[0] >= 128
         with without_kernels():
-            assert mlp_mosaic.form_of(x, 4 * shape[-1], norm=OVER_CHANNELS, may_turn=True) is None
-    assert mlp_mosaic.form_of(x, 4 * shape[-1], norm=OVER_CHANNELS, may_turn=True) is None
+            assert _form_of(x) is None
+    assert _form_of(x) is None
 
 
 @pytest.mark.parametrize(
@@ -186,12 +190,7 @@ def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
 def test_weights_and_their_gradients_fit_into_the_vector_memory(chip, most_channels):
     with on_tpus.traced_for(chip):
         forms = [
-            mlp_mosaic.form_of(
-                jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16),
-                4 * c,
-                norm=OVER_CHANNELS,
-                may_turn=False,
-            )
+            _form_of(jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16), may_turn=False)
             for c in (most_channels, most_channels + 128)
         ]
     assert [form is not None for form in forms] == [True, False]
@@ -201,9 +200,7 @@ def test_the_matrix_units_of_early_chips_take_no_bfloat16():
     x = jax.ShapeDtypeStruct((2, 14, 14, 128), jnp.bfloat16)
     for chip, has_kernels in (("TPU v2", False), ("TPU v3", False), ("TPU v4", True)):
         with on_tpus.traced_for(chip):
-            assert (
-                mlp_mosaic.form_of(x, 512, norm=OVER_CHANNELS, may_turn=False) is not None
-            ) == has_kernels
+            assert (_form_of(x, may_turn=False) is not None) == has_kernels
 
 
 @pytest.mark.parametrize(
@@ -236,7 +233,7 @@ def test_images_of_unknown_number_have_none():
     (batch,) = jax.export.symbolic_shape("batch")
     x = jax.ShapeDtypeStruct((batch, 28, 28, 128), jnp.bfloat16)
     with compiled_for("tpu"):
-        assert mlp_mosaic.form_of(x, 512, norm=OVER_CHANNELS, may_turn=True) is None
+        assert _form_of(x) is None
 
 
 def _block(mixer=Attention, dim=128, *, resolution=12, dtype=jnp.bfloat16, **options):

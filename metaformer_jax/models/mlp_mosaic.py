@@ -233,8 +233,8 @@ def _gradients(
         # Transposed: of the two matrices, the one with fewer channels is turned for the product.
         by_down[0] += product(shares, jnp.square(positive).astype(up.dtype), over_tokens)
         by_offset[0] += by_branch.sum(form.token_axis, keepdims=True)
-        by_centred = by_normalized
         if by_image is not None:
+            by_centred = by_normalized
             by_image[0, :1] += form.sum_over_image(by_normalized)
             by_image[0, 1:] += form.sum_over_image(by_normalized * normalized)
         else:
