@@ -1,9 +1,11 @@
 """Set before JAX starts: several devices, and one cache of compiled programs for all processes."""
 
+import gc
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import leftovers
 import pytest
@@ -24,15 +26,33 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+# Traces consist of millions of objects, and looking for garbage among them as often as Python does
+# by default takes a fifth of the time of tests that trace.
+gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_in_short(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Without LLVM's optimisations, which take longer than what most tests run; not so where a
-    file's rounding is to be that of users. Programs of their own are compiled as ever."""
+    """Without LLVM's optimisations and XLA's newer emitters of fusions, which take longer than what
+    most tests run; not so where a file's rounding is to be that of users. Programs of their own are
+    compiled as ever."""
     import jax
+    from jax._src import compiler
 
-    is_optimized = request.node.get_closest_marker("optimized") is not None
-    jax.config.update("jax_disable_most_optimizations", not is_optimized)
-    yield
+    if request.node.get_closest_marker("optimized") is not None:
+        yield
+        return
+    original = compiler.get_compile_options
+
+    def get_compile_options(*args: Any, env_options_overrides: Any = None, **kwargs: Any) -> Any:
+        options = {"xla_cpu_use_fusion_emitters": False} | dict(env_options_overrides or {})
+        return original(*args, env_options_overrides=options, **kwargs)
+
+    # No setting of JAX passes an option for XLA to all that a process compiles from now on.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", get_compile_options)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
