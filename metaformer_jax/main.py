@@ -6,6 +6,7 @@ Any field of the config can be overridden: --config.epochs=10 --config.optimizer
 """
 
 import contextlib
+import gc
 import itertools
 import pathlib
 import signal
@@ -221,6 +222,9 @@ def main(argv: list[str]) -> None:
 def _run(workdir: pathlib.Path | None, output: pathlib.Path | None) -> None:
     from metaformer_jax.training import compile, distributed, evaluation, preview, train
 
+    # The imported modules stay. Tracing makes objects by the million, and each search for garbage
+    # among them would go through the modules as well.
+    gc.freeze()
     if _MODE.value == "compile":
         compile.compile_training(
             _CONFIG.value,
