@@ -11,6 +11,7 @@ import itertools
 import pathlib
 import signal
 import sys
+import traceback
 from typing import NoReturn
 
 from metaformer_jax.exit_codes import (
@@ -176,6 +177,7 @@ def main(argv: list[str]) -> None:
     from metaformer_jax.training.checkpoint import SaveError
     from metaformer_jax.training.compilation_cache import keep_compiled_programs
     from metaformer_jax.training.preemption import PreemptedError
+    from metaformer_jax.training.train import TrainingError
     from metaformer_jax.weights import DownloadError
     from metaformer_jax.weights.files import local_path
     from metaformer_jax.weights.hub import cache_folder
@@ -200,6 +202,10 @@ def main(argv: list[str]) -> None:
     except (ValueError, FileNotFoundError, ImportError, DownloadError) as error:
         code = _tell(error, USAGE_ERROR)
     except (FloatingPointError, DataError, SaveError) as error:
+        code = _tell(error, TRAINING_FAILED)
+    except TrainingError as error:
+        # Nobody foresaw it, and it may take days to come again.
+        traceback.print_exception(error.__cause__)
         code = _tell(error, TRAINING_FAILED)
     except OSError as error:
         # Files that were opened long before do not tell their name.

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from metaformer_jax import zoo
+from metaformer_jax.exit_codes import TRAINING_FAILED
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DIGITS = "--config=configs/digits.py"
@@ -92,6 +93,29 @@ app.run(main.main, flags_parser=main._parse_flags)
             text=True,
         )
         assert (run.stdout, run.returncode) == (expected, 0)
+
+
+def test_a_training_that_fails_is_told_from_a_wrong_command(tmp_path):
+    program = """
+from absl import app
+from metaformer_jax import main
+from metaformer_jax.training import train
+
+def fails(*arguments, **named):
+    raise train.TrainingError("in step 7") from ValueError("of unknown origin")
+
+train.train = fails
+app.run(main.main, flags_parser=main._parse_flags)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, DIGITS, f"--workdir={tmp_path}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == TRAINING_FAILED
+    *origin, error = run.stderr.splitlines()
+    assert (origin[-1], error) == ("ValueError: of unknown origin", "error: in step 7")
 
 
 def test_a_bucket_is_no_workdir():

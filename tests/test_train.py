@@ -274,6 +274,27 @@ def test_a_run_that_died_ends_bit_for_bit_as_one_that_did_not(finished, tmp_path
     _assert_same_run(tmp_path, finished[0], _config())
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "expected"), [(0, FileNotFoundError), (5, train.TrainingError)]
+)
+def test_what_would_refuse_a_start_is_a_failure_after_the_first_step(
+    num_steps, expected, tmp_path, monkeypatch
+):
+    steps_left = iter(range(num_steps))
+    next_batch = PlacedBatches.__next__
+
+    def loses_sight_of_a_file(self):
+        if next(steps_left, None) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/bucket/shard")
+        return next_batch(self)
+
+    monkeypatch.setattr(PlacedBatches, "__next__", loses_sight_of_a_file)
+    with pytest.raises(expected, match="/bucket/shard") as raised:
+        _train(tmp_path / "run")
+    # Whoever loops until the training is done tells the two apart.
+    assert isinstance(raised.value.__cause__ or raised.value, FileNotFoundError)
+
+
 def test_a_run_told_to_end_saves_and_goes_on_bit_for_bit(finished, tmp_path, monkeypatch):
     steps = iter(range(1, 100))
     next_batch = PlacedBatches.__next__

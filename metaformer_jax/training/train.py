@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -42,6 +42,10 @@ from metaformer_jax.weights.convert import Variables
 Step = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
+class TrainingError(RuntimeError):
+    """After the first step something failed that before it would be the fault of the command."""
+
+
 def train(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
@@ -68,6 +72,8 @@ def train(
         NonFiniteError: the loss or gradient became infinite or NaN.
         PreemptedError: the run was told to end; it has saved a checkpoint.
         SaveError: a checkpoint could not be written, or the workdir was moved or removed.
+        TrainingError: after the first step something raised a ValueError, FileNotFoundError or
+            ImportError, which is its cause.
         ImportError: Weights & Biases is requested but not installed.
     """
     console = console or Console()
@@ -111,10 +117,12 @@ def train(
             )
         with Checkpoints(directory, keep=config.checkpoint.keep) as checkpoints:
             training = _Training(run, workdir, checkpoints, preemption, console)
-            evaluation = training.finish(start_step, variables)
+            with training.no_longer_refused():
+                evaluation = training.finish(start_step, variables)
         if is_first_process():
-            draw_curves(read_metrics(workdir), workdir / "curves.png")
-            picture_misclassified(run, evaluation, workdir / "misclassified.png")
+            with training.no_longer_refused():
+                draw_curves(read_metrics(workdir), workdir / "curves.png")
+                picture_misclassified(run, evaluation, workdir / "misclassified.png")
     console.print(str(evaluation), highlight=False, soft_wrap=True)
     console.print(f"checkpoint, metrics and pictures: {workdir}", highlight=False, soft_wrap=True)
     return evaluation
@@ -145,6 +153,20 @@ class _Training:
             process_index=jax.process_index(),
         )
         self.held_out = ""
+        self._has_begun = False
+
+    @contextlib.contextmanager
+    def no_longer_refused(self) -> Iterator[None]:
+        """From the first step on no error means any more that the command is wrong."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError, ImportError) as error:
+            if not self._has_begun:
+                raise
+            raise TrainingError(
+                f"the training failed: {type(error).__name__}: {error}. The same command continues "
+                "from the last checkpoint."
+            ) from error
 
     def finish(self, start_step: int, variables: Variables) -> Evaluation:
         """Trains to the end, from the newest checkpoint or, without one, from these values."""
@@ -196,6 +218,7 @@ class _Training:
                 if train_step is None:
                     train_step = self._compiled(state, batch)
                     self._keep_description()
+                    self._has_begun = True
                 if step == 1:
                     picture = to_array(draw_inputs(run, batch, 0))
                     writer.write_picture(0, "train/batch", picture)
