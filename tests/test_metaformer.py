@@ -334,6 +334,31 @@ def test_convolutions_that_there_are_not_are_refused(fields, message):
         ConvGeometry(**{"kernel_size": 3, "stride": 2, "padding": 1, **fields})
 
 
+@pytest.mark.parametrize("replaced", ["norm1", "norm2", "mlp", "mlp.act"])
+def test_layers_of_ones_own_get_feature_maps_where_rows_lie_side_by_side(replaced):
+    block = MetaFormerBlock(
+        2,
+        token_mixer=functools.partial(SepConv, kernel_size=3),
+        norm=image_layer_norm,
+        resolution=(28, 28),
+        rngs=nnx.Rngs(0),
+    )
+    seen = []
+
+    class Flip(nnx.Module):
+        def __call__(self, x):
+            seen.append(x.shape[:3])
+            return jnp.flip(x, axis=2)
+
+    *inside, name = replaced.split(".")
+    x = jnp.ones((16, 28, 28, 2))
+    with compiled_for("tpu"):
+        assert block.fold(x).shape[1:3] == (7, 112)
+        setattr(block.mlp if inside else block, name, Flip())
+        jax.eval_shape(lambda x: run_blocks([block], x, rngs=None), x)
+    assert set(seen) == {(16, 28, 28)}
+
+
 @pytest.mark.parametrize(("remat", "scan"), [("none", 0), ("mlp", 0), ("block", 1)])
 def test_rows_side_by_side_change_nothing(remat, scan):
     blocks = nnx.List(

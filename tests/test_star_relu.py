@@ -148,6 +148,22 @@ def test_layers_of_ones_own_take_the_place_of_these(replaced):
     np.testing.assert_allclose(mlp(x), mlp.fc2(mlp.act(mlp.fc1(x))), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("build", "name"), [(Mlp, "fc2"), (SepConv, "dwconv")])
+def test_a_layer_that_inherits_from_these_keeps_its_own_call(build, name):
+    module = build(6, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 6))
+    before = module(x)
+    layer = getattr(module, name)
+
+    class Negated(type(layer)):
+        def __call__(self, x):
+            return -super().__call__(x)
+
+    layer.__class__ = Negated
+    # What follows them, if anything, is linear.
+    np.testing.assert_allclose(module(x), -before, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("layer", "formula", "kernel_shape"),
     [(LAYERS[0][0], _matmul, (64, 64)), (LAYERS[2][0], _depthwise, (3, 3, 64))],

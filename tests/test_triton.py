@@ -94,6 +94,11 @@ def test_a_norm_and_its_gradients_are_those_of_other_platforms(shape):
     expected_by_x, expected_by_scale = vjp(cotangent)
     np.testing.assert_allclose(by_x, expected_by_x + beside, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(by_scale, expected_by_scale, rtol=1e-4, atol=1e-4)
+    narrow = scale.astype(jnp.bfloat16)
+    _, by_narrow = normalization_triton.gradients(
+        x, narrow, cotangent, beside, epsilon=1e-6, interpret=True
+    )
+    assert by_narrow.dtype == narrow.dtype
 
 
 def test_many_rows_share_the_blocks_of_a_backward_pass(monkeypatch):

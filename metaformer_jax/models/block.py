@@ -71,9 +71,12 @@ class MetaFormerBlock(nnx.Module):
         return self.transform_channels(self.mix_tokens(x, rngs=rngs, width=width), rngs=rngs)
 
     def fold(self, x: Float[Array, "b h w c"]) -> Float[Array, "b g rw c"]:
-        """`x` in the form of the mixer (see `SepConv.fold`), or that of kernels for the MLP."""
+        """`x` in the form of the mixer (see `SepConv.fold`), or that of kernels for the MLP.
+
+        Layers that may ask which tokens are neighbours, and are not this package's, get `x`.
+        """
         if isinstance(self.token_mixer, SepConv):
-            return self.token_mixer.fold(x)
+            return self.token_mixer.fold(x) if self._takes_any_rows_around_mixer() else x
         form = self.mlp_form(x) if type(self.token_mixer) in _TAKE_ANY_ROWS else None
         return form.enter(x) if isinstance(form, Rows) else x
 
@@ -108,13 +111,12 @@ class MetaFormerBlock(nnx.Module):
 
         There are some for the published layers, not for subclasses of them.
         """
-        norm, mlp = self.norm2, self.mlp
+        norm: Any = self.norm2
+        mlp = self.mlp
         is_published = (
-            type(norm) is LayerNorm
+            _takes_any_rows(norm)
             and norm.bias is None
-            and norm.reduction_axes in (*_OVER_CHANNELS, _OVER_IMAGES)
-            and type(mlp) is Mlp
-            and [*map(type, (mlp.fc1, mlp.act, mlp.fc2))] == [Linear, StarReLU, Linear]
+            and _is_published_mlp(mlp)
             and type(self.drop_path2) in (DropPath, NoneType)
             and type(self.res_scale2) in (ResScale, NoneType)
             and mlp.fc1.dtype == mlp.fc2.dtype == x.dtype
@@ -126,6 +128,10 @@ class MetaFormerBlock(nnx.Module):
         return mlp_mosaic.form_of(
             x, mlp.fc1.out_features, norm=self._norm_of_kernels(), may_turn=may_turn
         )
+
+    def _takes_any_rows_around_mixer(self) -> bool:
+        norms = (self.norm1, self.norm2)
+        return all(map(_takes_any_rows, norms)) and _is_published_mlp(self.mlp)
 
     def _norm_of_kernels(self) -> Norm:
         norm: Any = self.norm2
@@ -156,6 +162,15 @@ class MetaFormerBlock(nnx.Module):
             bias * down.sum(0),
             norm=self._norm_of_kernels(),
         )
+
+
+def _takes_any_rows(norm: Any) -> bool:
+    return type(norm) is LayerNorm and norm.reduction_axes in (*_OVER_CHANNELS, _OVER_IMAGES)
+
+
+def _is_published_mlp(mlp: Any) -> bool:
+    parts = [Linear, StarReLU, Linear]
+    return type(mlp) is Mlp and [*map(type, (mlp.fc1, mlp.act, mlp.fc2))] == parts
 
 
 def _beside(norm: Any, x: Array) -> tuple[Array, Array]:

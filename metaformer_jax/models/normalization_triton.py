@@ -79,7 +79,7 @@ def gradients(
     )
     given = (cotangent.reshape(flat.shape), beside.reshape(flat.shape))
     by_x, by_scale = call(body, (blocks,), out, flat, scale, *given, interpret=interpret)
-    return by_x.reshape(x.shape), by_scale.sum(0)
+    return by_x.reshape(x.shape), by_scale.sum(0).astype(scale.dtype)
 
 
 def _block(c: int) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def remat_name(remat: str | bool) -> str:
     Raises:
         ValueError: there is no such name.
     """
-    name = {True: "block", False: "none"}.get(remat, remat) if isinstance(remat, bool) else remat
+    name = {True: "block", False: "none"}[remat] if isinstance(remat, bool) else remat
     if name not in (AUTO, *REMAT):
         allowed = ", ".join(map(repr, (AUTO, *REMAT)))
         raise ValueError(f"`remat` must be one of {allowed}, got {remat!r}.")
