@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="MetaFormer baselines for vision: IdentityFormer, RandFormer, PoolFormerV2, "
         "ConvFormer and CAFormer.",
         epilog="`metaformer-jax COMMAND --help` lists a command's options. Exit codes: 0 if all "
-        "was done, 1 if a part was, 2 if nothing was because something is wrong or missing.",
+        "was done, 1 if a part was, 2 if nothing was because something is wrong or missing; train "
+        "and eval also end with others, see docs/training.md.",
     )
     parser.add_argument(
         "--version", action="version", version=f"metaformer-jax {metaformer_jax.__version__}"
