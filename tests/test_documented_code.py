@@ -92,9 +92,9 @@ def weights_to_files(run, patch):
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), nnx.state(model))
     nnx.update(model, zeros)
     run(model=model, metaformer_jax=metaformer_jax)
-    assert pathlib.Path("s18").is_dir()
-    assert pathlib.Path("s18.pth").stat().st_size > 1e8
-    assert pathlib.Path("model.safetensors").stat().st_size > 1e8
+    assert pathlib.Path("trained").is_dir()
+    assert pathlib.Path("trained.pth").stat().st_size > 1e8
+    assert pathlib.Path("timm.safetensors").stat().st_size > 1e8
 
 
 @shows("docs/data.md", "open_source")
