@@ -176,8 +176,8 @@ def main(argv: list[str]) -> None:
     from metaformer_jax.training.agreement import DisagreementError
     from metaformer_jax.training.checkpoint import SaveError
     from metaformer_jax.training.compilation_cache import keep_compiled_programs
+    from metaformer_jax.training.failure import TrainingError
     from metaformer_jax.training.preemption import PreemptedError
-    from metaformer_jax.training.train import TrainingError
     from metaformer_jax.weights import DownloadError
     from metaformer_jax.weights.files import local_path
     from metaformer_jax.weights.hub import cache_folder

@@ -99,10 +99,10 @@ def test_a_training_that_fails_is_told_from_a_wrong_command(tmp_path):
     program = """
 from absl import app
 from metaformer_jax import main
-from metaformer_jax.training import train
+from metaformer_jax.training import failure, train
 
 def fails(*arguments, **named):
-    raise train.TrainingError("in step 7") from ValueError("of unknown origin")
+    raise failure.TrainingError("in step 7") from ValueError("of unknown origin")
 
 train.train = fails
 app.run(main.main, flags_parser=main._parse_flags)

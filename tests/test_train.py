@@ -23,6 +23,7 @@ from metaformer_jax.data.device import normalize
 from metaformer_jax.models import MetaFormer
 from metaformer_jax.training import evaluation, preview, recipes, train
 from metaformer_jax.training.checkpoint import Checkpoints, SaveError
+from metaformer_jax.training.failure import TrainingError
 from metaformer_jax.training.feeding import PlacedBatches
 from metaformer_jax.training.guard import NonFiniteError
 from metaformer_jax.training.metrics import MetricWriter, read_metrics
@@ -274,9 +275,7 @@ def test_a_run_that_died_ends_bit_for_bit_as_one_that_did_not(finished, tmp_path
     _assert_same_run(tmp_path, finished[0], _config())
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "expected"), [(0, FileNotFoundError), (5, train.TrainingError)]
-)
+@pytest.mark.parametrize(("num_steps", "expected"), [(0, FileNotFoundError), (5, TrainingError)])
 def test_what_would_refuse_a_start_is_a_failure_after_the_first_step(
     num_steps, expected, tmp_path, monkeypatch
 ):

@@ -1,10 +1,11 @@
-"""Progress display: a bar on a terminal, lines elsewhere."""
+"""What a training prints: what it is about to do, and how far it is; a bar on a terminal."""
 
 import contextlib
+import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 from rich.console import Console
@@ -18,6 +19,9 @@ from rich.progress import (
 )
 
 from metaformer_jax.training.devices import model_flops_utilization
+
+if TYPE_CHECKING:
+    from metaformer_jax.training.run import Run
 
 # If the output is not a terminal, one line is printed in this time, so that logs stay short.
 _SECONDS_PER_LINE = 10.0
@@ -197,3 +201,39 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def describe_run(run: "Run", workdir: pathlib.Path, start_step: int, console: Console) -> None:
+    """Prints what a training is about to do: model, data, devices, recipe, steps and workdir."""
+    config = run.config
+    counts = run.counts
+    mesh = ", ".join(f"{axis} {size}" for axis, size in run.engine.mesh.shape.items())
+    cooldown = f" + {config.cooldown_epochs:g}" if config.cooldown_epochs else ""
+    parts = (
+        f" in {config.accumulation_steps} parts on each device"
+        if config.accumulation_steps > 1
+        else ""
+    )
+    described: dict[str, Any] = {
+        "model": f"{config.model.name or config.model.family}: {counts.params:,} parameters, "
+        f"{counts.frozen_params:,} frozen, {counts.macs / 1e6:,.1f} M multiply-adds per image",
+        "data": f"{config.data.name}: {len(run.train_source):,} for training, "
+        f"{len(run.eval_source):,} for evaluation, {config.data.image_size} pixels",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} in "
+        f"{jax.process_count()} processes ({mesh}), computing in {config.model.dtype}",
+        "recipe": f"{config.optimizer.name} at {config.optimizer.learning_rate:g}, "
+        f"{config.optimizer.schedule} by {config.optimizer.schedule_by} after "
+        f"{config.optimizer.warmup_epochs:g} epochs of warm-up",
+        "steps": f"{run.total_steps:,} of {config.batch_size:,} images{parts} "
+        f"({config.epochs:g}{cooldown} epochs)",
+        "workdir": workdir,
+    }
+    for name, text in described.items():
+        console.print(f"{name:<8} {text}", highlight=False, soft_wrap=True)
+    if config.model.pretrained and not start_step:
+        head = ", with a fresh head" if config.model.fresh_head else ""
+        console.print(f"starting from {config.model.pretrained}{head}", highlight=False)
+    if start_step >= run.total_steps:
+        console.print(f"This training is finished: {start_step:,} steps are done.")
+    elif start_step:
+        console.print(f"continuing after step {start_step:,}")

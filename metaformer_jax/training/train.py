@@ -3,8 +3,8 @@
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 import ml_collections
@@ -22,6 +22,7 @@ from metaformer_jax.training.evaluation import (
     evaluate_state,
     picture_misclassified,
 )
+from metaformer_jax.training.failure import failing_if
 from metaformer_jax.training.guard import Guard
 from metaformer_jax.training.memory import memory_of
 from metaformer_jax.training.metrics import (
@@ -34,16 +35,12 @@ from metaformer_jax.training.metrics import (
 from metaformer_jax.training.pictures import draw_curves, to_array
 from metaformer_jax.training.preemption import PreemptedError, Preemption
 from metaformer_jax.training.preview import draw_inputs
-from metaformer_jax.training.progress import TrainingProgress, elapsing
+from metaformer_jax.training.progress import TrainingProgress, describe_run, elapsing
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.convert import Variables
 
 Step = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-
-
-class TrainingError(RuntimeError):
-    """After the first step something failed that before it would be the fault of the command."""
 
 
 def train(
@@ -117,10 +114,10 @@ def train(
             )
         with Checkpoints(directory, keep=config.checkpoint.keep) as checkpoints:
             training = _Training(run, workdir, checkpoints, preemption, console)
-            with training.no_longer_refused():
+            with failing_if(training.has_begun):
                 evaluation = training.finish(start_step, variables)
         if is_first_process():
-            with training.no_longer_refused():
+            with failing_if(training.has_begun):
                 draw_curves(read_metrics(workdir), workdir / "curves.png")
                 picture_misclassified(run, evaluation, workdir / "misclassified.png")
     console.print(str(evaluation), highlight=False, soft_wrap=True)
@@ -153,20 +150,11 @@ class _Training:
             process_index=jax.process_index(),
         )
         self.held_out = ""
-        self._has_begun = False
+        self._begun = False
 
-    @contextlib.contextmanager
-    def no_longer_refused(self) -> Iterator[None]:
-        """From the first step on no error means any more that the command is wrong."""
-        try:
-            yield
-        except (ValueError, FileNotFoundError, ImportError) as error:
-            if not self._has_begun:
-                raise
-            raise TrainingError(
-                f"the training failed: {type(error).__name__}: {error}. The same command continues "
-                "from the last checkpoint."
-            ) from error
+    def has_begun(self) -> bool:
+        """Whether a step was compiled, which is then trained."""
+        return self._begun
 
     def finish(self, start_step: int, variables: Variables) -> Evaluation:
         """Trains to the end, from the newest checkpoint or, without one, from these values."""
@@ -175,7 +163,7 @@ class _Training:
             # Later ones belong to checkpoints that are gone.
             if step <= start_step:
                 self.checkpoints.evaluated(step, accuracy)
-        _describe(run, self.workdir, start_step, self.console)
+        describe_run(run, self.workdir, start_step, self.console)
         if start_step:
             state = self.checkpoints.restore(engine.abstract_state, self.config)
         else:
@@ -218,7 +206,7 @@ class _Training:
                 if train_step is None:
                     train_step = self._compiled(state, batch)
                     self._keep_description()
-                    self._has_begun = True
+                    self._begun = True
                 if step == 1:
                     picture = to_array(draw_inputs(run, batch, 0))
                     writer.write_picture(0, "train/batch", picture)
@@ -385,38 +373,3 @@ class _Training:
         return due and not any(
             row["step"] == start_step and "eval/loss" in row for row in read_metrics(self.workdir)
         )
-
-
-def _describe(run: Run, workdir: pathlib.Path, start_step: int, console: Console) -> None:
-    config = run.config
-    counts = run.counts
-    mesh = ", ".join(f"{axis} {size}" for axis, size in run.engine.mesh.shape.items())
-    cooldown = f" + {config.cooldown_epochs:g}" if config.cooldown_epochs else ""
-    parts = (
-        f" in {config.accumulation_steps} parts on each device"
-        if config.accumulation_steps > 1
-        else ""
-    )
-    described: dict[str, Any] = {
-        "model": f"{config.model.name or config.model.family}: {counts.params:,} parameters, "
-        f"{counts.frozen_params:,} frozen, {counts.macs / 1e6:,.1f} M multiply-adds per image",
-        "data": f"{config.data.name}: {len(run.train_source):,} for training, "
-        f"{len(run.eval_source):,} for evaluation, {config.data.image_size} pixels",
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} in "
-        f"{jax.process_count()} processes ({mesh}), computing in {config.model.dtype}",
-        "recipe": f"{config.optimizer.name} at {config.optimizer.learning_rate:g}, "
-        f"{config.optimizer.schedule} by {config.optimizer.schedule_by} after "
-        f"{config.optimizer.warmup_epochs:g} epochs of warm-up",
-        "steps": f"{run.total_steps:,} of {config.batch_size:,} images{parts} "
-        f"({config.epochs:g}{cooldown} epochs)",
-        "workdir": workdir,
-    }
-    for name, text in described.items():
-        console.print(f"{name:<8} {text}", highlight=False, soft_wrap=True)
-    if config.model.pretrained and not start_step:
-        head = ", with a fresh head" if config.model.fresh_head else ""
-        console.print(f"starting from {config.model.pretrained}{head}", highlight=False)
-    if start_step >= run.total_steps:
-        console.print(f"This training is finished: {start_step:,} steps are done.")
-    elif start_step:
-        console.print(f"continuing after step {start_step:,}")
