@@ -49,24 +49,27 @@ def draw_rectangle(
 ) -> Bool[Array, "h w"]:
     """Which pixels of one image are erased; see `random_erasing`."""
     height, width = size
-    keys = jax.random.split(key, 5)
-    target = height * width * jax.random.uniform(keys[0], (_TRIES,), minval=area[0], maxval=area[1])
-    ratio = jnp.exp(
-        jax.random.uniform(
-            keys[1], (_TRIES,), minval=math.log(aspect[0]), maxval=math.log(aspect[1])
-        )
-    )
+    # One draw of many numbers: each draw is compiled anew, and takes long to compile.
+    uniform = jax.random.uniform(key, (2 * _TRIES + 3,))
+    areas, aspects, (chance, top, left) = jnp.split(uniform, (_TRIES, 2 * _TRIES))
+    target = height * width * _between(area, areas)
+    ratio = jnp.exp(_between((math.log(aspect[0]), math.log(aspect[1])), aspects))
     heights, widths = jnp.rint(jnp.sqrt(target * ratio)), jnp.rint(jnp.sqrt(target / ratio))
     fits = (heights < height) & (widths < width)
     first = jnp.argmax(fits)
-    is_erased = fits[first] & jax.random.bernoulli(keys[2], probability)
-    rows = _interval(keys[3], heights[first], height)
-    columns = _interval(keys[4], widths[first], width)
+    is_erased = fits[first] & (chance < probability)
+    rows = _interval(top, heights[first], height)
+    columns = _interval(left, widths[first], width)
     return rows[:, None] & columns & is_erased
 
 
-def _interval(key: Array, length: Float[Array, ""], size: int) -> Bool[Array, " size"]:
-    """`length` neighbours out of `size` positions; every place as likely."""
-    start = jnp.floor(jax.random.uniform(key) * (size - length + 1))
+def _between(ends: tuple[float, float], part: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The point at this part of the way from the first to the second."""
+    return ends[0] + (ends[1] - ends[0]) * part
+
+
+def _interval(place: Float[Array, ""], length: Float[Array, ""], size: int) -> Bool[Array, " size"]:
+    """`length` neighbours out of `size` positions; every place as likely, `place` in [0, 1)."""
+    start = jnp.floor(place * (size - length + 1))
     position = jnp.arange(size)
     return (position >= start) & (position < start + length)

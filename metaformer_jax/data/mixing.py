@@ -52,13 +52,17 @@ def mix(
         key: Array, group: UInt8[Array, "g h w c"], partner: UInt8[Array, "g h w c"]
     ) -> tuple[UInt8[Array, "g h w c"], Float[Array, ""]]:
         _, height, width, _ = group.shape
-        keys = jax.random.split(key, 5)
-        is_mixed = jax.random.bernoulli(keys[0], probability)
-        is_cut = jax.random.bernoulli(keys[1], switch_probability)
+        uniform_key, gamma_key = jax.random.split(key)
+        # Few draws of many numbers: each draw is compiled anew, and takes long to compile.
+        uniform = jax.random.uniform(uniform_key, (4,))
+        is_mixed = uniform[0] < probability
+        is_cut = uniform[1] < switch_probability
         is_cut = (is_cut | (mixup_alpha <= 0)) & (cutmix_alpha > 0)
-        blend_weight = jax.random.beta(keys[2], mixup_alpha or 1.0, mixup_alpha or 1.0)
-        kept_part = jax.random.beta(keys[3], cutmix_alpha or 1.0, cutmix_alpha or 1.0)
-        inside, cut_weight = _box(keys[4], kept_part, height, width)
+        # Beta(a, a) is the part that one of two draws of Gamma(a) has of their sum.
+        alphas = jnp.array([mixup_alpha or 1.0, cutmix_alpha or 1.0], jnp.float32)
+        first, second = jax.random.loggamma(gamma_key, alphas, (2, 2))
+        blend_weight, kept_part = jax.nn.sigmoid(first - second)
+        inside, cut_weight = _box(uniform[2:], kept_part, height, width)
         weight = jnp.where(is_mixed, jnp.where(is_cut, cut_weight, blend_weight), 1.0)
         blend = jnp.rint(weight * group + (1 - weight) * partner).astype(group.dtype)
         cut = jnp.where(inside[None, :, :, None] & is_mixed, partner, group)
@@ -103,15 +107,16 @@ def _in_pairs(x: Array, num_groups: int) -> tuple[Array, Array]:
 
 
 def _box(
-    key: Array, kept_part: Float[Array, ""], height: int, width: int
+    place: Float[Array, "2"], kept_part: Float[Array, ""], height: int, width: int
 ) -> tuple[Bool[Array, "h w"], Float[Array, ""]]:
-    """A box around any pixel, cut at the image's border, and the part of the area outside it."""
+    """A box around any pixel, cut at the image's border, and the part of the area outside it.
+
+    `place` are two draws from [0, 1).
+    """
     inside = []
-    for axis, (axis_key, length) in enumerate(
-        zip(jax.random.split(key), (height, width), strict=True)
-    ):
+    for axis, length in enumerate((height, width)):
         half = jnp.trunc(length * jnp.sqrt(1 - kept_part)) // 2
-        middle = jax.random.randint(axis_key, (), 0, length)
+        middle = jnp.floor(length * place[axis])
         position = jnp.arange(length)
         inside.append(
             jnp.expand_dims((position >= middle - half) & (position < middle + half), 1 - axis)

@@ -116,11 +116,12 @@ class Engine:
             abstract,
             self.state_shardings,
         )
-        # It runs once: on a CPU, optimising it takes longer than running it ever could.
+        # They run once: on a CPU, optimising them takes longer than running them ever could.
         once = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         self.initial_state = jax.jit(
             self._initial_state, out_shardings=self.state_shardings, compiler_options=once
         )
+        self.training_inputs = jax.jit(self._training_inputs, compiler_options=once)
         self._platform = mesh.devices.flat[0].platform
         options = compiler_options(self._platform)
         self.train_step = jax.jit(
@@ -129,7 +130,6 @@ class Engine:
             out_shardings=(self.state_shardings, None),
             compiler_options=options,
         )
-        self.training_inputs = jax.jit(self._training_inputs)
         self.eval_step = jax.jit(
             self._eval_step, out_shardings=sharding.replicated(mesh), compiler_options=options
         )
