@@ -1,5 +1,7 @@
 """Models compiled for the weights that they have."""
 
+import functools
+import gc
 import types
 
 import jax
@@ -120,9 +122,11 @@ def test_on_several_devices_there_are_no_kernels(model, images):
     graphdef, state = nnx.split(model)
     for number, devices in ((1, mesh.devices[0]), (2, NamedSharding(mesh, PartitionSpec()))):
         placed = nnx.merge(graphdef, jax.device_put(state, devices))
-        jit_inference(placed, noted)(images)
-        assert set(seen) == {number == 1}
-        seen.clear()
+        answer = jit_inference(placed, noted)
+        for within in (answer, jax.jit(lambda images, answer=answer: answer(images))):
+            within(images)
+            assert set(seen) == {number == 1}
+            seen.clear()
 
 
 def test_numbers_are_sent_to_weights_that_are_divided_among_one_device(model, images):
@@ -207,6 +211,12 @@ def test_what_is_no_model_is_refused_with_the_way_to_name_a_method(model):
             jit_inference(given)
 
 
+def test_a_function_in_the_place_of_a_module_is_refused_with_what_flax_needs(model):
+    model.stages[2][0].mlp.act = jax.nn.gelu
+    with pytest.raises(ValueError, match=r"`model\.stages\.2\.0\.mlp\.act` .*nnx\.static"):
+        jit_inference(model)
+
+
 def test_keywords_are_the_functions(model, images):
     def scaled(model, images, *, factor):
         return factor * model(images)
@@ -222,7 +232,7 @@ def test_keywords_are_the_functions(model, images):
 @pytest.fixture
 def divided(monkeypatch):
     """The sizes of the batches that programs for three cores got, and the sizes compiled for."""
-    seen = types.SimpleNamespace(sizes=[], compiled=[])
+    seen = types.SimpleNamespace(sizes=[], compiled=[], made=[])
 
     def size_of(inputs, named):
         return len(jax.tree.leaves((inputs, named))[-1])
@@ -253,7 +263,11 @@ def divided(monkeypatch):
                 jaxpr=traced.jaxpr, out_info=traced.out_info, lower=lambda: lowered
             )
 
-    monkeypatch.setattr(models_jit, "InParts", lambda jitted: cores.InParts(Jitted(jitted)))
+    def in_parts(jitted):
+        seen.made.append(cores.InParts(Jitted(jitted)))
+        return seen.made[-1]
+
+    monkeypatch.setattr(models_jit, "InParts", in_parts)
     monkeypatch.setattr(cores, "num_cores", lambda: 3)
     return seen
 
@@ -329,6 +343,43 @@ def test_a_model_with_a_layer_from_elsewhere_is_divided_on_request_only(images, 
         assert divided.sizes == []
     jit_inference(model, per_image=True)(images)
     assert divided.sizes == [1, 1]
+
+
+def centred(x):
+    return x - x.mean(0)
+
+
+@pytest.mark.parametrize("function", [centred, functools.partial(centred), jax.jit(centred)])
+def test_a_model_that_calls_a_function_from_elsewhere_is_not_divided(
+    model, images, divided, function
+):
+    model.stages[2][0].mlp.act = nnx.static(function)
+    answer = jit_inference(model)
+    np.testing.assert_allclose(answer(images), expected(model, images), rtol=1e-5, atol=1e-6)
+    assert divided.sizes == []
+
+
+def test_a_function_of_jax_in_a_layer_looks_at_one_image(model, images, divided):
+    model.stages[2][0].mlp.act = nnx.static(jax.nn.gelu)
+    jit_inference(model)(images)
+    assert divided.sizes == [1, 1]
+
+
+def test_programs_are_kept_as_long_as_jax_keeps_their_traces(model, images, divided):
+    def brightness(model, images):
+        return images.mean((1, 2, 3))
+
+    answer = jit_inference(model, brightness, per_image=True)
+    for _ in range(2):
+        answer(images)
+    assert divided.compiled == [1]
+    (in_parts,) = divided.made
+    assert len(in_parts._programs) == 1
+    jax.clear_caches()
+    gc.collect()
+    assert len(in_parts._programs) == 0
+    np.testing.assert_allclose(answer(images), images.mean((1, 2, 3)), rtol=1e-5)
+    assert divided.compiled == [1, 1]
 
 
 def test_a_result_that_is_not_by_image_is_refused_where_it_should_be(model, images, divided):

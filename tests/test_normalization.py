@@ -39,6 +39,22 @@ def test_values_and_gradients_are_those_of_flax(settings):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_results_have_the_dtype_of_flax(dtype, param_dtype, x_dtype, use_bias):
+    settings = {"dtype": dtype, "param_dtype": param_dtype, "use_bias": use_bias}
+    norms = [kind(6, **settings, rngs=nnx.Rngs(0)) for kind in (LayerNorm, nnx.LayerNorm)]
+    ours, of_flax = (norm(jnp.ones((2, 3, 6), x_dtype)).dtype for norm in norms)
+    assert ours == of_flax
+
+
+def test_settings_of_flax_that_it_does_not_keep_are_refused():
+    with pytest.raises(TypeError, match="use_scale"):
+        LayerNorm(6, use_scale=False, rngs=nnx.Rngs(0))
+
+
 def test_a_mean_far_from_zero_costs_no_precision():
     norm = LayerNorm(64, use_bias=False, rngs=nnx.Rngs(0))
     x = 1000 + jax.random.normal(jax.random.key(0), (8, 64))

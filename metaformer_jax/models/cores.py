@@ -2,6 +2,7 @@
 
 import functools
 import os
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,9 +37,11 @@ class InParts:
         """
         self._jitted = jitted
         self._fixed = fixed
-        # By the number of the trace, which is kept with it so that no other gets this number, and
-        # by device: a program runs on that for which it was compiled.
-        self._programs: dict[tuple[int, frozenset[Any]], tuple[Any, Callable[..., Any]]] = {}
+        # Of each trace, as long as JAX keeps it, by device: a program runs on that for which it was
+        # compiled.
+        self._programs: weakref.WeakKeyDictionary[Any, dict[frozenset[Any], Callable[..., Any]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """What the function returns.
@@ -70,8 +73,9 @@ class InParts:
         except Exception:
             return None
         leaves = jax.tree.leaves((inputs, named))
-        key = id(traced.jaxpr), frozenset(device for leaf in leaves for device in leaf.devices())
-        if key not in self._programs:
+        devices = frozenset(device for leaf in leaves for device in leaf.devices())
+        programs = self._programs.setdefault(traced.jaxpr, {})
+        if devices not in programs:
             size = leaves[0].shape[0]
             for result in jax.tree.leaves(traced.out_info):
                 if result.shape[:1] != (size,):
@@ -79,8 +83,8 @@ class InParts:
                         "`function` must return arrays with the images along their first axis, "
                         f"got shape {result.shape} for {size} images. Give per_image=False."
                     )
-            self._programs[key] = (traced.jaxpr, traced.lower().compile())
-        return self._programs[key][1]
+            programs[devices] = traced.lower().compile()
+        return programs[devices]
 
 
 def _num_parts(leaves: list[Any]) -> int:

@@ -1,7 +1,6 @@
 """Compiling models: the compiler's options, and weights that stay as they are."""
 
 import functools
-import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +22,8 @@ _FOR_CPUS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_prefer_vector_width": "512",
 }
-# Packages of which no layer looks at other images.
-_KNOWN = ("metaformer_jax", "flax")
+# Packages of which no layer, and nothing that a layer calls, looks at other images.
+_KNOWN = ("metaformer_jax", "flax", "jax")
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
@@ -77,7 +76,8 @@ def jit_inference(
         per_image: whether the function returns, for each image of a batch, what depends on this
             image alone, along the first axis of each array. Only then can the batch be divided. By
             default it is taken to be so for the call and the methods of a `MetaFormer` that is made
-            of layers of this package and of Flax, and not for any other function or model.
+            of layers and functions of this package, of Flax and of JAX, and not for any other
+            function or model.
 
     Returns:
         A function of the arguments of `function` other than the model, all of which must be arrays,
@@ -85,8 +85,9 @@ def jit_inference(
         gradient it becomes a part of that program.
 
     Raises:
-        ValueError: the model is abstract (`nnx.eval_shape`), or not an `nnx.Module`. The returned
-            function raises one where results of a `per_image` function have no axis of images.
+        ValueError: the model is abstract (`nnx.eval_shape`), not an `nnx.Module`, or has a plain
+            function in the place of a module. The returned function raises one where results of a
+            `per_image` function have no axis of images.
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(
@@ -95,7 +96,14 @@ def jit_inference(
         )
     graphdef, state = nnx.split(model)
     # Only the arrays: the variables that hold them belong to the model, and change with it.
-    leaves, structure = jax.tree.flatten(state)
+    by_path, structure = jax.tree.flatten_with_path(state)
+    for path, leaf in by_path:
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"`model.{jax.tree_util.keystr(path, simple=True, separator='.')}` must be an "
+                f"array or a module, got {leaf!r}. Set it to nnx.static(...) of a function."
+            )
+    leaves = [leaf for _, leaf in by_path]
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         raise ValueError(
             "`model` must have values, got one made under nnx.eval_shape. Load its weights first."
@@ -112,10 +120,9 @@ def jit_inference(
         methods = (operator.call, *vars(MetaFormer).values())
         per_image = function in methods and keeps_images_apart(model)
     platforms = _platforms(leaves)
+    inlined: Callable[..., Any] = functools.partial(answer, leaves)
     if platforms == ["cpu"]:
-        jitted: Callable[..., Any] = jax.jit(
-            functools.partial(answer, leaves), compiler_options=compiler_options("cpu")
-        )
+        jitted: Callable[..., Any] = jax.jit(inlined, compiler_options=compiler_options("cpu"))
         if per_image:
             jitted = InParts(jitted)
         jitted = _at_weights(leaves, jitted)
@@ -124,7 +131,7 @@ def jit_inference(
             jax.jit(answer, compiler_options=compiler_options(platforms[0])), leaves
         )
         if len(platforms) > 1:
-            jitted = _by_operations_of_xla(jitted)
+            jitted, inlined = _by_operations_of_xla(jitted), _by_operations_of_xla(inlined)
 
     numbers = (leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
     # A copy, because the weights may be donated to a program before the next call.
@@ -134,7 +141,7 @@ def jit_inference(
         # Inside a traced program a negation is traced even if no input is. It is taken of a number
         # on the device, because programs may forbid transfers to it.
         if _is_traced((inputs, named, [-leaf for leaf in smallest])):
-            return answer(leaves, *inputs, **named)
+            return inlined(*inputs, **named)
         return jitted(*inputs, **named)
 
     return answer_jitted
@@ -143,16 +150,21 @@ def jit_inference(
 def keeps_images_apart(model: nnx.Module) -> bool:
     """Whether what a model makes of an image surely depends on no other of the batch.
 
-    Layers from elsewhere may do anything.
+    Layers and functions from elsewhere may do anything.
     """
     if type(model) is not MetaFormer:
         return False
-    blocks = itertools.chain(*model.stages)
-    # Of these, some may be no modules, but functions.
-    chosen = [part for b in blocks for part in (b.token_mixer, b.norm1, b.norm2)]
-    chosen += [] if model.head is None else [model.head]
-    parts = [*chosen, *(part for _, part in nnx.iter_modules(model))]
-    return all(type(part).__module__.partition(".")[0] in _KNOWN for part in parts)
+    # `nnx.iter_modules` leaves out a mixer or a norm that is a function, but not its block.
+    parts = [part for _, part in nnx.iter_modules(model)]
+    held = (value for part in parts for value in vars(part).values() if callable(value))
+    return all(_origin(part) in _KNOWN for part in [*parts, *held])
+
+
+def _origin(part: Any) -> str:
+    """The package that a module, or what it calls, comes from."""
+    while isinstance(part, functools.partial):
+        part = part.func
+    return (getattr(part, "__module__", None) or "").partition(".")[0]
 
 
 def _by_operations_of_xla(jitted: Callable[..., Any]) -> Callable[..., Any]:

@@ -184,8 +184,8 @@ def _transform(
         normalized, _ = normalize(wide)
         positive = jnp.maximum(form.apply(up, normalized.astype(up.dtype), 0), 0)
         branch = form.apply(down, jnp.square(positive).astype(down.dtype), 0) + offset[...]
-        kept = wide * shortcut[0][...] if shortcut else wide
-        form.write(out, part, kept + keep * branch)
+        scaled = wide * shortcut[0][...] if shortcut else wide
+        form.write(out, part, scaled + keep * branch)
 
 
 def _gradients(

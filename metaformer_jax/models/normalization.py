@@ -20,8 +20,8 @@ from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.schedule import run_after
 from metaformer_jax.models.triton import has_kernels
 
-# Of the values of an image, what is averaged to shift all of them: one sixteenth.
-_FRACTION = 16
+# An image's values are shifted by the mean of a part of them: one in so many.
+_VALUES_PER_SAMPLE = 16
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -29,6 +29,38 @@ class LayerNorm(nnx.LayerNorm):
 
     Statistics and the affine part are float32 (https://arxiv.org/abs/1607.06450).
     """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        use_bias: bool = True,
+        reduction_axes: int | tuple[int, ...] = -1,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Those settings of Flax's that are kept.
+
+        Args:
+            num_features: channels, the last axis.
+            epsilon: added to the variance.
+            use_bias: whether a bias is added.
+            reduction_axes: over which mean and variance are taken.
+            dtype: of the result; by default that which input and scale have together.
+            param_dtype: of scale and bias.
+            rngs: Flax asks for it.
+        """
+        super().__init__(
+            num_features,
+            epsilon=epsilon,
+            use_bias=use_bias,
+            reduction_axes=reduction_axes,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
     def __call__(self, x: Float[Array, "b *c"]) -> Float[Array, "b *c"]:  # type: ignore[override]
         return self.beside(x)[1]
@@ -38,13 +70,14 @@ class LayerNorm(nnx.LayerNorm):
         axes = self.reduction_axes
         axes = tuple(axis % x.ndim for axis in ((axes,) if isinstance(axes, int) else axes))
         scale: Array = self.scale[...]  # type: ignore[index]
+        dtype = self.dtype or jnp.promote_types(x.dtype, scale.dtype)
         is_short = axes == (x.ndim - 1,) and x.shape[-1] <= normalization_triton.MOST_CHANNELS
         if is_short and self.bias is None and has_kernels(x, scale):
-            return _normalize_beside(x, scale, self.epsilon, self.dtype or jnp.float32)
+            return _normalize_beside(x, scale, self.epsilon, dtype)
         normalized = _normalize(x, scale, axes, self.epsilon)
         if self.bias is not None:
             normalized = normalized + self.bias[...]
-        return x, normalized.astype(self.dtype)
+        return x, normalized.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -86,7 +119,7 @@ def _moments_in_one_pass(x: Array, *, axes: tuple[int, ...]) -> tuple[Array, Arr
     # mean after a shift by that of a fraction `f` of the values does so by (1 - f) / f at most.
     size, dtype = x.shape[axes[0]], wide_dtype(x.dtype)
     # Taken before the conversion, which is then not written to memory.
-    some = lax.slice_in_dim(x, 0, -(-size // _FRACTION), axis=axes[0]).astype(dtype)
+    some = lax.slice_in_dim(x, 0, -(-size // _VALUES_PER_SAMPLE), axis=axes[0]).astype(dtype)
     shift = lax.stop_gradient(jnp.mean(some, axes, keepdims=True))
     shifted = x.astype(dtype) - shift
     mean = jnp.mean(shifted, axes, keepdims=True)

@@ -95,6 +95,6 @@ def _plain(
     normalized = centred * lax.rsqrt(variance + norm.epsilon)
     squares = jnp.square(jnp.maximum(multiply(normalized, up, x.dtype), 0))
     branch = multiply(squares, down, x.dtype) + offset
-    kept = wide if shortcut is None else wide * shortcut
-    result = (kept + lax.stop_gradient(keep)[:, None, None] * branch).astype(x.dtype)
+    scaled = wide if shortcut is None else wide * shortcut
+    result = (scaled + lax.stop_gradient(keep)[:, None, None] * branch).astype(x.dtype)
     return form.enter(result[:, None])
