@@ -212,6 +212,25 @@ def test_layer_decay_slows_each_layer_by_its_distance_from_the_head(params):
     assert seen == len(jax.tree.leaves(params))
 
 
+def test_what_is_switched_on_later_finds_its_place_in_the_state(params):
+    def places(name="adamw", **arguments):
+        state = optim.make_optimizer(name, lambda _: 1.0, **arguments).init(params)
+        return jax.tree.structure(state)
+
+    options = {"max_grad_norm": 1.0, "layer_decay": 0.9, "weight_decay": 0.0}
+    for name in ("adamw", "lamb"):
+        for option, value in options.items():
+            assert places(name, **{option: value}) == places()
+
+
+def test_rates_by_epoch_reach_the_last_step_that_there_can_be():
+    total = 2**31 - 1
+    schedule = optim.by_step(
+        lambda epoch: np.asarray(epoch), steps_per_epoch=1e9, total_steps=total, per_epoch=True
+    )
+    assert [float(schedule(step)) for step in (0, 10**9, total - 1)] == [0.0, 1.0, 2.0]
+
+
 def test_an_unknown_optimiser_is_refused():
     with pytest.raises(ValueError, match="one of adamw, lamb, got 'sgd'"):
         optim.make_optimizer("sgd", lambda _: 1.0)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from metaformer_jax.training import devices, progress
 from metaformer_jax.training.metrics import MetricWriter, read_metrics
-from metaformer_jax.training.progress import TrainingProgress, elapsing, evaluation_progress
+from metaformer_jax.training.progress import TrainingProgress, elapsing, evaluation_progress, say
 
 
 class Clock:
@@ -83,10 +83,20 @@ def test_without_a_terminal_a_line_now_and_then_says_what_is_left(clock):
     )
 
 
+def test_names_are_said_as_they_are():
+    output = io.StringIO()
+    name = "w[lr=1e-3]/q[/b]/:smile:/" + "long" * 40
+    say(Console(file=output, width=40), name)
+    say(Console(file=output), "caf\udce9")
+    assert output.getvalue() == f"{name}\ncaf\\udce9\n"
+
+
 def test_no_utilization_is_told_where_the_peak_is_not_known():
     assert devices.peak_flops("TPU v5 lite") == 197e12
     assert devices.peak_flops("TPU v5p") == 459e12
     assert devices.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert devices.peak_flops("NVIDIA H200 NVL") == 835e12
+    assert devices.peak_flops("NVIDIA H200") == 989e12
     assert devices.peak_flops("cpu") is None
     assert devices.model_flops_utilization(100.0, 10**9) is None
 

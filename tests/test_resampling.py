@@ -112,8 +112,24 @@ def test_a_numba_that_cannot_be_used_is_said_and_done_without(fresh, monkeypatch
         raise RuntimeError("cannot cache function: no locator available")
 
     monkeypatch.setattr(resampling, "_kernels", kernels)
-    with pytest.warns(UserWarning, match="numba cannot be used: cannot cache function"):
+    with pytest.warns(UserWarning, match="numba cannot be used: RuntimeError: cannot cache func"):
         assert not _can_resize_in_the_end(BICUBIC)
+
+
+def test_numbas_files_that_cannot_be_written_or_read_are_said_and_done_without(fresh, monkeypatch):
+    """As on a full disk, or when one was emptied by a power cut."""
+    for error, said in (
+        (OSError(28, "No space left"), r"OSError: .*No space"),
+        (EOFError(), "EOF"),
+    ):
+
+        def resize(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(resampling, "resize", resize)
+        resampling._checked.cache_clear()
+        with pytest.warns(UserWarning, match=f"numba cannot be used: {said}"):
+            assert not _can_resize_in_the_end(BICUBIC)
 
 
 def test_no_image_waits_for_what_is_compiled(fresh, monkeypatch):

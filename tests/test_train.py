@@ -20,6 +20,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from metaformer_jax.data.device import normalize
+from metaformer_jax.data.loader import DataError
 from metaformer_jax.models import MetaFormer
 from metaformer_jax.training import evaluation, preview, recipes, train
 from metaformer_jax.training.checkpoint import Checkpoints, SaveError
@@ -292,6 +293,62 @@ def test_what_would_refuse_a_start_is_a_failure_after_the_first_step(
         _train(tmp_path / "run")
     # Whoever loops until the training is done tells the two apart.
     assert isinstance(raised.value.__cause__ or raised.value, FileNotFoundError)
+
+
+def _worker_dies_after(num_steps, monkeypatch):
+    steps_left = iter(range(num_steps))
+    next_batch = PlacedBatches.__next__
+
+    def read(self):
+        # Evaluations go on.
+        if "mask" not in self._fields and next(steps_left, None) is None:
+            raise DataError("A worker that reads data has died")
+        return next_batch(self)
+
+    monkeypatch.setattr(PlacedBatches, "__next__", read)
+
+
+@pytest.mark.parametrize("num_steps", [5, 12])
+def test_a_run_whose_data_fails_saves_what_it_has_trained(num_steps, tmp_path, monkeypatch):
+    """Also right after a step that is saved anyway."""
+    with monkeypatch.context() as patch:
+        _worker_dies_after(num_steps, patch)
+        with pytest.raises(DataError, match="has died"):
+            _train(tmp_path)
+    assert saved_steps(tmp_path / "checkpoints") == [num_steps]
+    # And a start at which it fails anew saves nothing.
+    _worker_dies_after(0, monkeypatch)
+    with pytest.raises(DataError, match="has died"):
+        _train(tmp_path)
+    assert saved_steps(tmp_path / "checkpoints") == [num_steps]
+
+
+def test_gradients_are_cut_from_where_a_run_stopped_on(finished, tmp_path):
+    """As the message about a loss that is no number advises."""
+    workdir, _, _ = finished
+    copied = tmp_path / "copied"
+    shutil.copytree(workdir, copied)
+    config = _config(epochs=2.2, **{"optimizer.max_grad_norm": 1.0, "optimizer.layer_decay": 0.9})
+    _, output = _train(copied, config, accept_config_changes=True)
+    assert "continuing after step 23" in output
+
+
+def test_what_is_accepted_is_kept_where_only_an_evaluation_is_left(finished, tmp_path):
+    workdir, _, _ = finished
+    copied = tmp_path / "copied"
+    shutil.copytree(workdir, copied)
+    metrics = copied / "metrics.jsonl"
+    rows = metrics.read_text().splitlines()
+    assert "eval/loss" in rows[-1]
+    metrics.write_text("\n".join(rows[:-1]) + "\n")
+    _train(copied, _config(eval_batch_size=64), accept_config_changes=True)
+    assert json.loads((copied / "config.json").read_text())["eval_batch_size"] == 64
+
+
+def test_no_batch_is_read_that_no_step_needs():
+    run = Run(_config())
+    with run.training_batches(run.total_steps - 1) as batches:
+        assert len(list(batches)) == 1
 
 
 def test_a_run_told_to_end_saves_and_goes_on_bit_for_bit(finished, tmp_path, monkeypatch):

@@ -98,6 +98,29 @@ def test_of_16_bits_the_upper_8_are_taken():
         np.testing.assert_array_equal(decoded.reshape(*grey.shape, -1).max(-1), grey)
 
 
+@pytest.mark.parametrize(("largest", "ascii"), [(65535, False), (4095, False), (65535, True)])
+def test_of_16_bits_in_a_pgm_file_the_upper_8_are_taken(largest, ascii):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    # 257 times as much is the same part of the whole.
+    numbers = grey * 257 if largest == 65535 else np.round(grey / 255 * largest).astype(np.uint16)
+    text = f"{'P2' if ascii else 'P5'} 16 16 {largest}\n".encode()
+    pixels = " ".join(map(str, numbers.flat)).encode() if ascii else numbers.astype(">u2").tobytes()
+    np.testing.assert_array_equal(decode(text + pixels, channels=1), grey)
+
+
+def test_a_jpeg_of_unusual_subsampling_is_left_to_pillow():
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (120, 130, 140)).save(file, "JPEG", subsampling="4:2:0")
+    data = bytearray(file.getvalue())
+    # 4:4:1 has as many blocks of brightness, one above the other, as 4:2:0 has in a square; in one
+    # colour they are all alike.
+    sampling = data.index(b"\xff\xc0") + 11
+    assert data[sampling] == 0x22
+    data[sampling] = 0x14
+    decoded = decode(bytes(data), channels=3)
+    np.testing.assert_array_equal(decoded, Image.open(io.BytesIO(data)).convert("RGB"))
+
+
 def _bomb():
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header

@@ -90,11 +90,18 @@ def _is_exact() -> bool:
     if importlib.util.find_spec("numba") is None:
         return False
     try:
-        _kernels()
-    except (ImportError, RuntimeError) as error:
-        # An older numba than numpy, or no folder to keep what was compiled.
-        _warn(f"numba cannot be used: {error}")
+        is_exact = _resizes_as_pillow()
+    # An older numba than numpy, no folder or no room to keep what was compiled, a damaged file
+    # there: it fails in many ways.
+    except Exception as error:
+        _warn(f"numba cannot be used: {type(error).__name__}: {error}".rstrip(": "))
         return False
+    if not is_exact:
+        _warn(f"Pillow {Image.__version__} resizes otherwise than is known here")
+    return is_exact
+
+
+def _resizes_as_pillow() -> bool:
     rng = np.random.default_rng(0)
     for width, height in ((9, 41), (41, 9), (60, 50), (12, 12), (5, 90), (7, 6)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -102,7 +109,6 @@ def _is_exact() -> bool:
             expected = Image.fromarray(pixels).resize((12, 12), interpolation)
             actual = resize(pixels, (0, 0, width, height), 12, interpolation)
             if actual.tobytes() != expected.tobytes():
-                _warn(f"Pillow {Image.__version__} resizes otherwise than is known here")
                 return False
     return True
 

@@ -68,11 +68,13 @@ def in_channels(image: Image.Image, channels: int) -> Image.Image:
     Raises:
         BadImageError: its numbers have 32 bits.
     """
-    if image.mode in ("I", "F"):
+    # Pillow brings the numbers of a PGM file to 16 bits.
+    has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+    if image.mode in ("I", "F") and not has_16_bits:
         raise BadImageError(
             "32 bits per pixel, whose range the file does not tell. Save it with 8 bits"
         )
-    if image.mode.startswith("I;16"):
+    if has_16_bits:
         # Pillow's own conversion cuts at 255, and leaves white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
@@ -146,7 +148,8 @@ def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
         if height * width > _MAX_PIXELS or colorspace in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
+    # The latter for forms of subsampling that it does not know.
+    except (ValueError, KeyError):
         return None
 
 

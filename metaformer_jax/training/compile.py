@@ -20,7 +20,7 @@ from metaformer_jax.models.target import compiled_for
 from metaformer_jax.training import compile_tables, devices, hlo, sharding
 from metaformer_jax.training.described import described_sources
 from metaformer_jax.training.memory import Memory, largest_that_fits, memory_of
-from metaformer_jax.training.progress import elapsing
+from metaformer_jax.training.progress import elapsing, say
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.topology import topology_devices
 from metaformer_jax.weights.outputs import check_can_be_written
@@ -188,7 +188,7 @@ def compile_training(
         console.print(compile_tables.scaling(estimates))
     if output is not None:
         output.write_text(json.dumps([one.as_json() for one in estimates], indent=2) + "\n")
-        console.print(f"figures: {output}", highlight=False, soft_wrap=True)
+        say(console, f"figures: {output}")
     return estimates
 
 

@@ -16,7 +16,7 @@ from metaformer_jax.training import agreement
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.pictures import draw_misclassified
-from metaformer_jax.training.progress import evaluation_progress
+from metaformer_jax.training.progress import evaluation_progress, say
 from metaformer_jax.training.provenance import (
     check_same_classes,
     check_same_network,
@@ -143,7 +143,7 @@ def evaluate(
     agreement.check_same(config, run.class_names, run.num_examples, variables)
     if workdir is None:
         evaluation = evaluate_state(run, _state_of(run, variables), console=console)
-        console.print(str(evaluation), highlight=False, soft_wrap=True)
+        say(console, str(evaluation))
         return evaluation
     if not saved_steps(workdir / "checkpoints"):
         raise ValueError(
@@ -154,14 +154,14 @@ def evaluate(
     check_same_normalisation(workdir, config)
     check_same_classes(workdir, run.class_names)
     if sentence := share_compiled_programs(workdir / "compiled"):
-        console.print(sentence, highlight=False, soft_wrap=True)
+        say(console, sentence)
     step, weights = _read_newest(run, workdir)
-    console.print(f"evaluating step {step:,} of {workdir}", highlight=False, soft_wrap=True)
+    say(console, f"evaluating step {step:,} of {workdir}")
     names = {"params": "last parameters", "ema": "their average"} if len(weights) > 1 else {}
     for entry, variables in weights.items():
         evaluation = evaluate_state(run, _state_of(run, variables), console=console)
         name = f"{names[entry]:<16} " if names else ""
-        console.print(f"{name}{evaluation}", highlight=False, soft_wrap=True)
+        say(console, f"{name}{evaluation}")
     return evaluation
 
 

@@ -80,7 +80,8 @@ def by_step(
     epochs = np.arange(np.ceil(total_steps / steps_per_epoch) + 1)
     # A table of whole steps, with rates computed in float64: no rounding shifts an epoch or a rate.
     # A product that should be a whole number may be slightly above it.
-    first_steps = np.ceil(epochs * steps_per_epoch * (1 - ROUNDING)).astype(np.int32)
+    first_steps = np.ceil(epochs * steps_per_epoch * (1 - ROUNDING))
+    first_steps = np.minimum(first_steps, np.iinfo(np.int32).max).astype(np.int32)
     rates = schedule(epochs).astype(np.float32)
     return lambda step: jnp.asarray(rates)[jnp.searchsorted(first_steps, step, side="right") - 1]
 
@@ -146,17 +147,17 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
-    parts = []
-    if max_grad_norm is not None:
-        parts.append(optax.clip_by_global_norm(max_grad_norm))
-    parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
-    parts.append(optax.add_decayed_weights(weight_decay, mask=is_decayed))
-    if name == "lamb" and weight_decay:
-        parts.append(optax.masked(optax.scale_by_trust_ratio(), is_decayed))
-    if layer_decay != 1:
-        parts.append(_scale_layers(layer_decay))
-    parts.append(optax.scale_by_learning_rate(learning_rate))
-    return optax.chain(*parts)
+    off = optax.identity()
+    has_trust_ratio = name == "lamb" and weight_decay
+    # Each has its place in the state, also where it is off, so that a run can go on with it on.
+    return optax.chain(
+        off if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay, mask=is_decayed),
+        optax.masked(optax.scale_by_trust_ratio() if has_trust_ratio else off, is_decayed),
+        off if layer_decay == 1 else _scale_layers(layer_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
 
 def _scale_layers(decay: float) -> optax.GradientTransformation:

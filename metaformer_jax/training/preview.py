@@ -11,6 +11,7 @@ from rich.console import Console
 
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.pictures import batch_figure, save
+from metaformer_jax.training.progress import say
 from metaformer_jax.training.run import Run
 from metaformer_jax.weights.outputs import check_can_be_written
 
@@ -40,7 +41,7 @@ def preview(
         figure = draw_inputs(run, next(batches), 0)
     if is_first_process():
         save(figure, output)
-    console.print(f"the first training batch: {output}", highlight=False, soft_wrap=True)
+    say(console, f"the first training batch: {output}")
 
 
 def draw_inputs(run: Run, batch: dict[str, jax.Array], step: int) -> "Figure":

@@ -133,11 +133,8 @@ class TrainingProgress:
         if not self._console.is_terminal and speed and now - self._last_line > _SECONDS_PER_LINE:
             self._last_line = now
             remaining = (self._total_steps - step) * self._batch_size / speed
-            self._console.print(
-                f"step {step}/{self._total_steps}  {_duration(remaining)} left  {shown}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            left = _duration(remaining)
+            say(self._console, f"step {step}/{self._total_steps}  {left} left  {shown}")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -159,6 +156,13 @@ def evaluation_progress(console: Console | None, num_batches: int) -> Iterator[C
         yield lambda: bar.advance(task)
 
 
+def say(console: Console, text: object) -> None:
+    """Prints text as it is: not wrapped, and paths and names are no markup."""
+    # Names of files need not be valid text.
+    valid = str(text).encode(errors="backslashreplace").decode()
+    console.print(valid, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def elapsing(
     console: Console, what: str, *, seconds_per_line: float = _SECONDS_PER_SIGN_OF_LIFE
@@ -170,7 +174,7 @@ def elapsing(
         what: in words, such as "compiling the training step".
         seconds_per_line: how often a line is printed if the output is not a terminal.
     """
-    console.print(f"{what} ...", highlight=False, soft_wrap=True)
+    say(console, f"{what} ...")
     if console.is_terminal:
         with Progress(TimeElapsedColumn(), console=console, transient=True) as clock:
             clock.add_task("")
@@ -181,7 +185,7 @@ def elapsing(
     def tell() -> None:
         while not done.wait(seconds_per_line):
             elapsed = time.monotonic() - started
-            console.print(f"{what}: {elapsed:.0f} s so far", highlight=False, soft_wrap=True)
+            say(console, f"{what}: {elapsed:.0f} s so far")
 
     teller = threading.Thread(target=tell, name="tell", daemon=True)
     teller.start()
@@ -229,11 +233,11 @@ def describe_run(run: "Run", workdir: pathlib.Path, start_step: int, console: Co
         "workdir": workdir,
     }
     for name, text in described.items():
-        console.print(f"{name:<8} {text}", highlight=False, soft_wrap=True)
+        say(console, f"{name:<8} {text}")
     if config.model.pretrained and not start_step:
         head = ", with a fresh head" if config.model.fresh_head else ""
-        console.print(f"starting from {config.model.pretrained}{head}", highlight=False)
+        say(console, f"starting from {config.model.pretrained}{head}")
     if start_step >= run.total_steps:
-        console.print(f"This training is finished: {start_step:,} steps are done.")
+        say(console, f"This training is finished: {start_step:,} steps are done.")
     elif start_step:
-        console.print(f"continuing after step {start_step:,}")
+        say(console, f"continuing after step {start_step:,}")

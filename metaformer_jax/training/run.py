@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -175,7 +176,7 @@ class Run:
 
     @contextlib.contextmanager
     def training_batches(self, start_step: int) -> Iterator[PlacedBatches]:
-        """Training batches on the devices from this step on; the context ends the workers."""
+        """Training batches from this step on, on the devices; the context ends the workers."""
         with loader.training_batches(
             self.train_source,
             self.train_transform,
@@ -185,7 +186,9 @@ class Run:
             workers=self.workers,
             max_bad_fraction=self.config.data.max_bad_fraction,
         ) as batches:
-            yield PlacedBatches(batches, self.engine.mesh, fields=("image", "label"))
+            # No step needs the batch after the last one, which might be bad.
+            needed = itertools.islice(batches, max(self.total_steps - start_step, 0))
+            yield PlacedBatches(needed, self.engine.mesh, fields=("image", "label"))
 
     @contextlib.contextmanager
     def evaluation_batches(self) -> Iterator[PlacedBatches]:

@@ -35,7 +35,7 @@ from metaformer_jax.training.metrics import (
 from metaformer_jax.training.pictures import draw_curves, to_array
 from metaformer_jax.training.preemption import PreemptedError, Preemption
 from metaformer_jax.training.preview import draw_inputs
-from metaformer_jax.training.progress import TrainingProgress, describe_run, elapsing
+from metaformer_jax.training.progress import TrainingProgress, describe_run, elapsing, say
 from metaformer_jax.training.run import Run
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.convert import Variables
@@ -98,19 +98,17 @@ def train(
         agreement.check_shared(workdir)
         if is_first_process():
             for sentence in set_aside_damaged(directory):
-                console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
+                say(console, f"warning: {sentence}")
         if sentence := share_compiled_programs(workdir / "compiled"):
-            console.print(sentence, highlight=False, soft_wrap=True)
+            say(console, sentence)
         # The first process has set aside those that are damaged.
         start_step = agreement.newest_step(directory)
         if changes:
-            console.print(
+            say(
+                console,
                 f"warning: continuing with other values, by which step {start_step:,} is epoch "
                 f"{start_step / run.steps_per_epoch:.2f} of "
                 f"{config.epochs + config.cooldown_epochs:g}:\n" + "\n".join(changes),
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
             )
         with Checkpoints(directory, keep=config.checkpoint.keep) as checkpoints:
             training = _Training(run, workdir, checkpoints, preemption, console)
@@ -120,8 +118,8 @@ def train(
             with failing_if(training.has_begun):
                 draw_curves(read_metrics(workdir), workdir / "curves.png")
                 picture_misclassified(run, evaluation, workdir / "misclassified.png")
-    console.print(str(evaluation), highlight=False, soft_wrap=True)
-    console.print(f"checkpoint, metrics and pictures: {workdir}", highlight=False, soft_wrap=True)
+    say(console, str(evaluation))
+    say(console, f"checkpoint, metrics and pictures: {workdir}")
     return evaluation
 
 
@@ -199,10 +197,20 @@ class _Training:
         ):
             if self._lacks_evaluation(start_step):
                 evaluation = self._evaluate(state, start_step, writer)
+            if start_step >= total_steps:
+                self._keep_description()
+            # What a run starts from is kept.
+            saves = True
             train_step: Step | None = None
             for step in range(start_step + 1, total_steps + 1):
-                with progress.waiting_for_data():
-                    batch = next(batches)
+                try:
+                    with progress.waiting_for_data():
+                        batch = next(batches)
+                except DataError:
+                    # With several processes, only one may have met the bad images.
+                    if not saves and jax.process_count() == 1:
+                        self._save(step - 1, state, pending, writer)
+                    raise
                 if train_step is None:
                     train_step = self._compiled(state, batch)
                     self._keep_description()
@@ -316,7 +324,7 @@ class _Training:
             limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
             text += f"; it takes {memory.total / 2**30:.2f} GiB on each device"
             text += f" of {limit / 2**30:.2f}" if limit else ""
-        self.console.print(text, highlight=False)
+        say(self.console, text)
         return compiled
 
     def _trace(
@@ -335,7 +343,7 @@ class _Training:
             jax.block_until_ready(state)
         if step == max(first, start_step + 1) and step <= last:
             # Called when the trace is written, whether by the step after the last or by the end.
-            stack.callback(self.console.print, f"profiler trace: {folder}", highlight=False)
+            stack.callback(say, self.console, f"profiler trace: {folder}")
             stack.enter_context(jax.profiler.trace(str(folder)))
         elif step == last + 1:
             stack.close()
