@@ -111,7 +111,8 @@ def _box(
 ) -> tuple[Bool[Array, "h w"], Float[Array, ""]]:
     """A box around any pixel, cut at the image's border, and the part of the area outside it.
 
-    `place` are two draws from [0, 1).
+    Its sides are even, as in the timm of the publication (0.6.11); later releases end odd ones one
+    pixel further. `place` are two draws from [0, 1).
     """
     inside = []
     for axis, length in enumerate((height, width)):
