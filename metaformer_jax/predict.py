@@ -183,7 +183,9 @@ def _read_class_names(path: pathlib.Path) -> list[str]:
     from metaformer_jax.weights.files import local_path
 
     try:
-        return local_path(path).read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`, which also takes other characters for the end of a line.
+        lines = local_path(path).read_text(encoding="utf-8-sig").split("\n")
+        return lines if lines[-1] else lines[:-1]
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--class-names must be a text file in UTF-8, got {path}: {error.reason} at byte "

@@ -184,6 +184,15 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path, header):
         read_tensors(path)
 
 
+def test_a_dtype_that_numpy_does_not_have_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = {"a": torch.zeros(2), "b": torch.zeros(4).to(torch.float8_e4m3fn)}
+    save_file(tensors, tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match=r"`b` must have a dtype .*, got F8_E4M3 .*bfloat16"):
+        read_tensors(tmp_path / "short.safetensors")
+
+
 def test_bfloat16_is_read_as_it_is_from_both_formats(tmp_path):
     from safetensors.torch import save_file
 

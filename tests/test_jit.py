@@ -15,12 +15,16 @@ from metaformer_jax.models import (
     FAMILIES,
     MetaFormer,
     MetaFormerSpec,
+    attention,
     compiler_options,
     cores,
+    depthwise_triton,
     jit_inference,
+    normalization,
 )
 from metaformer_jax.models import jit as models_jit
 from metaformer_jax.models.kernels import are_allowed
+from metaformer_jax.models.normalization import LayerNorm
 
 
 @pytest.fixture
@@ -127,6 +131,25 @@ def test_on_several_devices_there_are_no_kernels(model, images):
             within(images)
             assert set(seen) == {number == 1}
             seen.clear()
+
+
+def test_on_several_devices_there_are_no_kernels_in_gradients_either(images, monkeypatch):
+    seen = []
+
+    def has_kernels(*_):
+        seen.append(are_allowed())
+        return False
+
+    for module in (depthwise_triton, normalization, attention):
+        monkeypatch.setattr(module, "has_kernels", has_kernels)
+    spec = FAMILIES["convformer"].spec(depths=(1, 1, 1, 1), dims=(8, 16, 32, 32))
+    model = MetaFormer(spec, num_classes=10, image_size=32, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    replicated = NamedSharding(Mesh(jax.devices()[:2], "data"), PartitionSpec())
+    answer = jit_inference(nnx.merge(graphdef, jax.device_put(state, replicated)))
+    jax.eval_shape(jax.grad(lambda images: answer(images).sum()), images)
+    assert seen
+    assert not any(seen)
 
 
 def test_numbers_are_sent_to_weights_that_are_divided_among_one_device(model, images):
@@ -349,11 +372,21 @@ def centred(x):
     return x - x.mean(0)
 
 
-@pytest.mark.parametrize("function", [centred, functools.partial(centred), jax.jit(centred)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        centred,
+        functools.partial(centred),
+        jax.jit(centred),
+        functools.partial(jax.nn.softmax, axis=0),
+        LayerNorm(128, use_bias=False, reduction_axes=(0, 1), rngs=nnx.Rngs(0)),
+    ],
+)
 def test_a_model_that_calls_a_function_from_elsewhere_is_not_divided(
     model, images, divided, function
 ):
-    model.stages[2][0].mlp.act = nnx.static(function)
+    is_module = isinstance(function, nnx.Module)
+    model.stages[2][0].mlp.act = function if is_module else nnx.static(function)
     answer = jit_inference(model)
     np.testing.assert_allclose(answer(images), expected(model, images), rtol=1e-5, atol=1e-6)
     assert divided.sizes == []

@@ -108,9 +108,11 @@ def test_keys_given_to_the_call_decide_every_mask(images):
     assert not bool(jnp.all(first == model(images, rngs=nnx.Rngs(dropout=2))))
 
 
-def test_with_a_key_of_its_own_an_image_drops_the_same_in_any_batch(images):
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_with_a_key_of_its_own_an_image_drops_the_same_in_any_batch(images, implementation):
     model = _model(drop_path_rate=0.5, head_dropout=0.5)
-    images, keys = jnp.tile(images, (4, 1, 1, 1)), jax.random.split(jax.random.key(0), 8)
+    key = jax.random.key(0, impl=implementation)
+    images, keys = jnp.tile(images, (4, 1, 1, 1)), jax.random.split(key, 8)
     answer = jax.jit(lambda images, keys: model(images, rngs=ImageKeys(keys)))
     whole = answer(images, keys)
     parts = [answer(images[i : i + 2], keys[i : i + 2]) for i in range(0, 8, 2)]
@@ -276,6 +278,34 @@ def test_keys_of_another_number_than_the_images_are_refused(keys, message, image
         model = _model(**rates)
         with pytest.raises(ValueError, match=message):
             model(images, rngs=ImageKeys(keys(jax.random.key(0))))
+
+
+def test_a_mixer_may_fork_and_split_the_keys_that_it_is_given():
+    class Forking(nnx.Module):
+        def __init__(self, dim, *, rngs, **_):
+            assert rngs.fork().params() != rngs.fork().params()
+            assert rngs.split(2).params.key[...].shape == (2,)
+
+        def __call__(self, x):
+            return x
+
+    spec = MetaFormerSpec(depths=(1,), dims=(8,), token_mixers=(Forking,), res_scale_init=(None,))
+    MetaFormer(spec, image_size=32, rngs=nnx.Rngs(0))
+
+
+def test_a_function_may_take_the_place_of_an_activation(images):
+    model = _model()
+    model.stages[0][0].mlp.act = nnx.relu
+    replaced = model(images)
+    model.stages[0][0].mlp.act = nnx.static(nnx.relu)
+    np.testing.assert_array_equal(replaced, model(images))
+
+
+def test_a_stage_may_lose_all_its_blocks(images):
+    model = _model()
+    while len(model.stages[1]):
+        del model.stages[1][0]
+    assert model(images).shape == (len(images), model.num_classes)
 
 
 def test_keys_without_a_type_are_keys_too(images):

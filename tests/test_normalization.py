@@ -55,6 +55,12 @@ def test_settings_of_flax_that_it_does_not_keep_are_refused():
         LayerNorm(6, use_scale=False, rngs=nnx.Rngs(0))
 
 
+def test_axes_that_there_are_not_are_refused():
+    norm = LayerNorm(4, use_bias=False, reduction_axes=(1, 2, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"axes \(1, 2, 3\) .* got shape \(2, 9, 4\)"):
+        norm(jnp.ones((2, 9, 4)))
+
+
 def test_a_mean_far_from_zero_costs_no_precision():
     norm = LayerNorm(64, use_bias=False, rngs=nnx.Rngs(0))
     x = 1000 + jax.random.normal(jax.random.key(0), (8, 64))

@@ -425,6 +425,13 @@ def test_class_names_come_from_a_file_or_from_the_data(run, call, tmp_path):
     guesses = json.loads(out)["predictions"]
     assert code == 0
     assert all(guess["name"] == f"digit {guess['index']}" for guess in guesses)
+    # As an editor under Windows writes it, and with what is no end of a line in a name.
+    names = [f"digit {i}" for i in range(9)] + ["two\u2028lines"]
+    (tmp_path / "names").write_text("\r\n".join(names), encoding="utf-8-sig", newline="")
+    code, out, _ = call(*arguments, "--class-names", tmp_path / "names")
+    assert code == 0
+    guesses = json.loads(out)["predictions"]
+    assert all(guess["name"] == names[guess["index"]] for guess in guesses)
     folder = tmp_path / "birds"
     synsets = ["n01514668", "n01514859", *(f"bird{i}" for i in range(8))]
     for synset in synsets:

@@ -19,7 +19,6 @@ _BLOCK = 32
 _CHANNELS = 128
 
 
-@jax.custom_vjp
 def depthwise_conv2d(
     x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]
 ) -> Float[Array, "b h w c"]:
@@ -44,25 +43,38 @@ def depthwise_conv2d(
     Raises:
         ValueError: the kernel has an even side or another number of channels than `x`.
     """
-    return _forward(x, kernel)[0]
-
-
-def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     _check_shapes(x, kernel)
-    return _convolve(x, kernel), (x, kernel)
+    return _depthwise_conv2d(depthwise_triton.has_kernel(x, kernel), x, kernel)
 
 
-def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+def depthwise_conv2d_by_xla(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]
+) -> Float[Array, "b h w c"]:
+    """`depthwise_conv2d`, and its gradients, without custom kernels."""
+    return _depthwise_conv2d(False, x, kernel)
+
+
+# Whether there are kernels is asked once: a gradient may be traced where they are not forbidden.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _depthwise_conv2d(by_triton: bool, x: Array, kernel: Array) -> Array:
+    return _forward(by_triton, x, kernel)[0]
+
+
+def _forward(by_triton: bool, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve(by_triton, x, kernel), (x, kernel)
+
+
+def _backward(
+    by_triton: bool, residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
     x, kernel = residuals
-    x_gradient = _convolve(cotangent, kernel[::-1, ::-1])
+    x_gradient = _convolve(by_triton, cotangent, kernel[::-1, ::-1])
     kernel_gradient = lax.platform_dependent(
         x,
         cotangent,
         kernel,
         cpu=_kernel_gradient_by_blocks,
-        cuda=_kernel_gradient_by_triton
-        if depthwise_triton.has_kernel(x, kernel)
-        else _kernel_gradient_of_grouped,
+        cuda=_kernel_gradient_by_triton if by_triton else _kernel_gradient_of_grouped,
         tpu=_kernel_gradient_of_rows
         if depthwise_banded.takes_rows(x.shape, kernel.shape)
         else _kernel_gradient_of_grouped,
@@ -71,7 +83,7 @@ def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, 
     return x_gradient, kernel_gradient
 
 
-depthwise_conv2d.defvjp(_forward, _backward)
+_depthwise_conv2d.defvjp(_forward, _backward)
 
 
 def _check_shapes(x: Array, kernel: Array) -> None:
@@ -86,14 +98,14 @@ def _check_shapes(x: Array, kernel: Array) -> None:
         )
 
 
-@jax.jit
-def _convolve(x: Array, kernel: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _convolve(by_triton: bool, x: Array, kernel: Array) -> Array:
     return lax.platform_dependent(
         x,
         kernel,
         cpu=_shifted,
         tpu=_banded,
-        cuda=depthwise_triton.convolve if depthwise_triton.has_kernel(x, kernel) else _grouped,
+        cuda=depthwise_triton.convolve if by_triton else _grouped,
         default=_grouped,
     )
 

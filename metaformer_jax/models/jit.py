@@ -157,14 +157,22 @@ def keeps_images_apart(model: nnx.Module) -> bool:
     # `nnx.iter_modules` leaves out a mixer or a norm that is a function, but not its block.
     parts = [part for _, part in nnx.iter_modules(model)]
     held = (value for part in parts for value in vars(part).values() if callable(value))
-    return all(_origin(part) in _KNOWN for part in [*parts, *held])
+    return all(_origin(part) in _KNOWN and _is_by_image(part) for part in [*parts, *held])
 
 
 def _origin(part: Any) -> str:
     """The package that a module, or what it calls, comes from."""
-    while isinstance(part, functools.partial):
-        part = part.func
     return (getattr(part, "__module__", None) or "").partition(".")[0]
+
+
+def _is_by_image(part: Any) -> bool:
+    """Whether the settings of a layer or function keep it from looking along the images' axis."""
+    axes = getattr(part, "reduction_axes", ())
+    axes = (axes,) if isinstance(axes, int) else axes
+    # Counted from the end, the axis of the images is another one for features than for images.
+    keeps_apart = all(axis > 0 or axis == -1 for axis in axes)
+    # Of a function, what was set is not known.
+    return keeps_apart and not isinstance(part, functools.partial)
 
 
 def _by_operations_of_xla(jitted: Callable[..., Any]) -> Callable[..., Any]:

@@ -338,7 +338,11 @@ class MetaFormer(nnx.Module):
         size = (images.shape[1], images.shape[2])
         resolutions = self.spec.stage_resolutions(size)
         for resolution, blocks in zip(resolutions, self.stages, strict=True):
-            if tuple(getattr(blocks[0].token_mixer, "resolution", resolution)) != resolution:
+            # Surgery may leave a stage without blocks.
+            if (
+                blocks
+                and tuple(getattr(blocks[0].token_mixer, "resolution", resolution)) != resolution
+            ):
                 built_for = "x".join(map(str, self.image_size))
                 raise ValueError(
                     f"`images` must be {built_for} pixels, the size that this model's "
@@ -355,8 +359,8 @@ class _ParamKeys(nnx.RngStream):
     proportion to everything traced before: 4.0 s instead of 0.6 s for CAFormer-B36.
     """
 
-    def __init__(self, key: Array):
-        super().__init__(key, tag="params")
+    def __init__(self, key: Array, *, tag: str = "params"):
+        super().__init__(key, tag=tag)
         self.num_keys = 0
 
     def __call__(self) -> Array:

@@ -66,9 +66,19 @@ class LayerNorm(nnx.LayerNorm):
         return self.beside(x)[1]
 
     def beside(self, x: Float[Array, "b *c"]) -> tuple[Float[Array, "b *c"], Float[Array, "b *c"]]:
-        """`x` itself, and `x` normalised: on GPUs one kernel adds up the gradients of both."""
+        """`x` itself, and `x` normalised: on GPUs one kernel adds up the gradients of both.
+
+        Raises:
+            ValueError: `x` has too few axes.
+        """
         axes = self.reduction_axes
-        axes = tuple(axis % x.ndim for axis in ((axes,) if isinstance(axes, int) else axes))
+        axes = (axes,) if isinstance(axes, int) else axes
+        if any(not -x.ndim <= axis < x.ndim for axis in axes):
+            raise ValueError(
+                f"`x` must have the axes {axes} that are normalised over, got shape {x.shape}. "
+                "Give another norm, or reduction_axes."
+            )
+        axes = tuple(axis % x.ndim for axis in axes)
         scale: Array = self.scale[...]  # type: ignore[index]
         dtype = self.dtype or jnp.promote_types(x.dtype, scale.dtype)
         is_short = axes == (x.ndim - 1,) and x.shape[-1] <= normalization_triton.MOST_CHANNELS

@@ -133,7 +133,12 @@ def _description(block: Any) -> Any:
         }
         parts.append((path, type(part), static))
     flat, structure = jax.tree.flatten(nnx.state(block))
-    return parts, structure, [jax.typeof(leaf) for leaf in flat]
+    return parts, structure, [_type(leaf) for leaf in flat]
+
+
+def _type(leaf: Any) -> Any:
+    # A function in the place of a module counts as data.
+    return jax.typeof(leaf) if hasattr(leaf, "dtype") else leaf
 
 
 def _dropouts(block: Any) -> list[Dropout]:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import depthwise_banded, depthwise_triton
-from metaformer_jax.models.depthwise import depthwise_conv2d
+from metaformer_jax.models.depthwise import depthwise_conv2d_by_xla
 from metaformer_jax.models.lanes import images_along_lanes
 from metaformer_jax.models.matmul import kernel_gradient, matmul
 from metaformer_jax.models.promotion import promoted
@@ -232,14 +232,15 @@ _star_relu_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 def _convolve_activated(x: Array, scale: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
     """The convolution, and what the backward pass needs of `x`."""
-    return depthwise_conv2d(_star_relu(x, scale, bias), kernel), x
+    return depthwise_conv2d_by_xla(_star_relu(x, scale, bias), kernel), x
 
 
 def _gradients_of_convolved(
     x: Array, scale: Array, bias: Array, kernel: Array, cotangent: Array
 ) -> tuple[Array, Array, Array, Array]:
     positive = _positive(x, cotangent)
-    by_activated, of_squares = jax.vjp(depthwise_conv2d, jnp.square(positive), kernel)[1](cotangent)
+    _, transpose = jax.vjp(depthwise_conv2d_by_xla, jnp.square(positive), kernel)
+    by_activated, of_squares = transpose(cotangent)
     by_x = _input_gradient(positive, scale, by_activated)
     return by_x, *_parameter_gradients(of_squares, scale, bias, kernel, cotangent)
 

@@ -193,9 +193,9 @@ class Engine:
 
     def _keys(self, step: Int[Array, ""], batch_size: int) -> tuple[Array, Array, Array]:
         """The random keys of a step: of mixing groups, and of each image's erasing and masks."""
-        transform_key, dropout_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(self._seed), step)
-        )
+        # Whatever JAX's default is: RBG's keys do not draw apart under `jax.vmap`.
+        seed = jax.random.key(self._seed, impl="threefry2x32")
+        transform_key, dropout_key = jax.random.split(jax.random.fold_in(seed, step))
         group_size = self._transform.mixing_group_size if self._transform.mixes else 1
         check_groups(batch_size, self.mesh.size, group_size)
         group_keys, image_keys = self._transform.keys(transform_key, batch_size)

@@ -104,7 +104,7 @@ def read_tensors(
                 f"`entry` must be left out for a safetensors file, got {entry!r}."
             )
         with _open_safetensors(path) as file:
-            tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+            tensors = {key: _tensor(file, key, path) for key in file.offset_keys()}
             metadata = dict(file.metadata() or {})
         _check_tensors(path, tensors, metadata)
     else:
@@ -208,6 +208,17 @@ def _open_safetensors(path: pathlib.Path) -> Iterator[Any]:
     except (SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"`path` must be a whole safetensors file, got {path}: {error}. Fetch it again."
+        ) from error
+
+
+def _tensor(file: Any, key: str, path: pathlib.Path) -> np.ndarray:
+    try:
+        return file.get_tensor(key)
+    # safetensors looks up a dtype that NumPy does not have.
+    except AttributeError as error:
+        raise CheckpointError(
+            f"`{key}` must have a dtype that NumPy knows, got {file.get_slice(key).get_dtype()} in "
+            f"{path}. Save it as float32 or bfloat16."
         ) from error
 
 

@@ -25,8 +25,8 @@ def replace_head(
 ) -> None:
     """Gives the model a head with random weights for another number of classes, in place.
 
-    The whole head is initialised anew, including the hidden layer of an MLP head. If all dropout of
-    the model is in evaluation mode, so is that of the new head.
+    The whole head is initialised anew, including the hidden layer of an MLP head. If the
+    model has dropout, and all of it is in evaluation mode, so is that of the new head.
 
     Args:
         model: everything before the head is unchanged.
