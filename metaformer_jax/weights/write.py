@@ -36,6 +36,9 @@ def save_weights(
 ) -> converted.Record:
     """Writes a model's weights: a converted folder or, depending on the suffix, a single file.
 
+    Variables that are neither `nnx.Param` nor `Frozen` are left out, such as averages of a norm
+    over batches.
+
     Args:
         model: the model, with all its arrays on this host's devices.
         path: a folder; `.safetensors`, by default in this project's own layout; or `.pth` and
