@@ -392,9 +392,14 @@ def test_a_model_that_calls_a_function_from_elsewhere_is_not_divided(
     assert divided.sizes == []
 
 
-def test_a_function_of_jax_in_a_layer_looks_at_one_image(model, images, divided):
-    model.stages[2][0].mlp.act = nnx.static(jax.nn.gelu)
-    jit_inference(model)(images)
+@pytest.mark.parametrize(
+    "layer",
+    [nnx.static(jax.nn.gelu), nnx.GroupNorm(128, num_groups=4, rngs=nnx.Rngs(0))],
+)
+def test_layers_of_jax_and_flax_look_at_one_image(model, images, divided, layer):
+    model.stages[2][0].mlp.act = layer
+    answer = jit_inference(model)
+    np.testing.assert_allclose(answer(images), expected(model, images), rtol=1e-5, atol=1e-6)
     assert divided.sizes == [1, 1]
 
 

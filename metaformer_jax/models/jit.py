@@ -77,7 +77,8 @@ def jit_inference(
             image alone, along the first axis of each array. Only then can the batch be divided. By
             default it is taken to be so for the call and the methods of a `MetaFormer` that is made
             of layers and functions of this package, of Flax and of JAX, and not for any other
-            function or model.
+            function or model. Give False if one of these was put where it looks along the first
+            axis, such as a convolution in the place of the head's linear layer.
 
     Returns:
         A function of the arguments of `function` other than the model, all of which must be arrays,
@@ -167,8 +168,9 @@ def _origin(part: Any) -> str:
 
 def _is_by_image(part: Any) -> bool:
     """Whether the settings of a layer or function keep it from looking along the images' axis."""
-    axes = getattr(part, "reduction_axes", ())
-    axes = (axes,) if isinstance(axes, int) else axes
+    # None is what Flax's norms over groups of channels say for all axes but that of the images.
+    axes = getattr(part, "reduction_axes", None)
+    axes = (axes,) if isinstance(axes, int) else axes or ()
     # Counted from the end, the axis of the images is another one for features than for images.
     keeps_apart = all(axis > 0 or axis == -1 for axis in axes)
     # Of a function, what was set is not known.

@@ -339,14 +339,12 @@ class MetaFormer(nnx.Module):
         resolutions = self.spec.stage_resolutions(size)
         for resolution, blocks in zip(resolutions, self.stages, strict=True):
             # Surgery may leave a stage without blocks.
-            if (
-                blocks
-                and tuple(getattr(blocks[0].token_mixer, "resolution", resolution)) != resolution
-            ):
+            mixer = blocks[0].token_mixer if blocks else None
+            if tuple(getattr(mixer, "resolution", resolution)) != resolution:
                 built_for = "x".join(map(str, self.image_size))
                 raise ValueError(
                     f"`images` must be {built_for} pixels, the size that this model's "
-                    f"{type(blocks[0].token_mixer).__name__} was built for, got "
+                    f"{type(mixer).__name__} was built for, got "
                     f"{size[0]}x{size[1]}. Build the model with "
                     f"image_size={size[0] if size[0] == size[1] else size}, or resize the images."
                 )

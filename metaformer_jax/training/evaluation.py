@@ -143,7 +143,7 @@ def evaluate(
     agreement.check_same(config, run.class_names, run.num_examples, variables)
     if workdir is None:
         evaluation = evaluate_state(run, _state_of(run, variables), console=console)
-        say(console, str(evaluation))
+        say(console, evaluation)
         return evaluation
     if not saved_steps(workdir / "checkpoints"):
         raise ValueError(

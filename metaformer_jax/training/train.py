@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -118,7 +118,7 @@ def train(
             with failing_if(training.has_begun):
                 draw_curves(read_metrics(workdir), workdir / "curves.png")
                 picture_misclassified(run, evaluation, workdir / "misclassified.png")
-    say(console, str(evaluation))
+    say(console, evaluation)
     say(console, f"checkpoint, metrics and pictures: {workdir}")
     return evaluation
 
@@ -203,14 +203,9 @@ class _Training:
             saves = True
             train_step: Step | None = None
             for step in range(start_step + 1, total_steps + 1):
-                try:
-                    with progress.waiting_for_data():
-                        batch = next(batches)
-                except DataError:
-                    # With several processes, only one may have met the bad images.
-                    if not saves and jax.process_count() == 1:
-                        self._save(step - 1, state, pending, writer)
-                    raise
+                kept = self._kept_if_data_fails(saves, step - 1, state, pending, writer)
+                with kept, progress.waiting_for_data():
+                    batch = next(batches)
                 if train_step is None:
                     train_step = self._compiled(state, batch)
                     self._keep_description()
@@ -239,16 +234,12 @@ class _Training:
                     self._check_saved(step, state, pending, writer)
                 stopped = False
                 if saves or run.is_due(config.eval_every_epochs, step):
-                    with progress.paused():
+                    kept = self._kept_if_data_fails(saves, step, state, pending, writer)
+                    with progress.paused(), kept:
                         try:
                             evaluation = self._evaluate(state, step, writer)
                         except StoppedError:
                             stopped = True
-                        except DataError:
-                            # With several processes, only one may have met the bad images.
-                            if not saves and jax.process_count() == 1:
-                                self._save(step, state, pending, writer)
-                            raise
                 if stopped or (self.preemption.reached(step) and step < total_steps):
                     if not saves:
                         self._save(step, state, pending, writer)
@@ -272,6 +263,24 @@ class _Training:
         except SaveError as error:
             self._save_after(error, step, state, pending, writer)
         self._check_folder(step, writer)
+
+    @contextlib.contextmanager
+    def _kept_if_data_fails(
+        self,
+        is_saved: bool,
+        step: int,
+        state: TrainState,
+        pending: PendingMetrics,
+        writer: MetricWriter,
+    ) -> Iterator[None]:
+        """Saves what is trained by now where data cannot be read, before that ends the run."""
+        try:
+            yield
+        except DataError:
+            # With several processes, only one may have met the bad images.
+            if not is_saved and jax.process_count() == 1:
+                self._save(step, state, pending, writer)
+            raise
 
     def _check_saved(
         self, step: int, state: TrainState, pending: PendingMetrics, writer: MetricWriter
