@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaformer_jax.models import attention_mosaic, mlp_mosaic
-from metaformer_jax.models.mlp_forms import Norm, Rows, Turned
+from metaformer_jax.models.lowering import attention_mosaic, mlp_mosaic
+from metaformer_jax.models.lowering.mlp_forms import ChannelsAlongLanes, ImagesAlongLanes, Norm
 from metaformer_jax.training.topology import topology_devices
 
 _BUNDLES = re.compile(r"total scheduled bundles: *(\d+)")
@@ -96,7 +96,10 @@ def _attention(images, tokens, heads, head_dim):
 
 def _mlp(images, height, width, channels, *, form_name, norm):
     shape, hidden = (images, height, width, channels), 4 * channels
-    forms = {"turned": Turned.of(shape, hidden), "rows": Rows.of(shape, hidden)}
+    forms = {
+        "turned": ImagesAlongLanes.of(shape, hidden),
+        "rows": ChannelsAlongLanes.of(shape, hidden),
+    }
     allowed = [forms[form_name]] if form_name else forms.values()
     form = next((form for form in allowed if form is not None), None)
     if form is None:

@@ -25,8 +25,8 @@ from metaformer_jax.models import (
     without_kernels,
 )
 from metaformer_jax.models.layers import image_layer_norm
+from metaformer_jax.models.lowering.platform import compiled_for
 from metaformer_jax.models.stages import REMAT, run_blocks
-from metaformer_jax.models.target import compiled_for
 from metaformer_jax.training.hlo import read_program
 from metaformer_jax.training.memory import memory_of
 from metaformer_jax.training.topology import topology_devices

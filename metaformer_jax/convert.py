@@ -102,8 +102,8 @@ def convert(args: argparse.Namespace) -> list["Record"]:
     asked = {key: getattr(args, key) for key in _SETTINGS if getattr(args, key) is not None}
     settings = asked
     if workdir.is_workdir(args.input):
-        name = name or workdir.model_name(args.input)
-        settings = asked | workdir.sizes(args.input)
+        name = name or workdir.read_model_name(args.input)
+        settings = asked | workdir.read_sizes(args.input)
     elif args.input.is_dir() or is_portable_file(args.input):
         record = read_record(args.input)
         name = name or record.model

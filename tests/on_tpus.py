@@ -5,7 +5,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
-from metaformer_jax.models.target import compiled_for
+from metaformer_jax.models.lowering.platform import compiled_for
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def make(folder, *, family="identityformer", size=None, **data):
     fill(model, variables)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings.as_json(config)))
-    with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+    with Checkpoints(folder, keep=1) as checkpoints:
         save(checkpoints, 1, nnx.traversals.unflatten_mapping(variables), {})
     model.eval()
     return model, config

@@ -71,31 +71,27 @@ def test_other_data_or_weights_than_the_first_processs_are_refused(
 
 
 @pytest.fixture
-def checkpoints(tmp_path):
+def workdir(tmp_path):
     for step in (46, 69):
-        (tmp_path / str(step)).mkdir()
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     return tmp_path
 
 
-def test_a_process_waits_until_it_sees_the_checkpoints_of_the_first(
-    second, checkpoints, monkeypatch
-):
+def test_a_process_waits_until_it_sees_the_checkpoints_of_the_first(second, workdir, monkeypatch):
     second.append(46)
     # That of step 69 was set aside by the first.
-    monkeypatch.setattr(time, "sleep", lambda _: (checkpoints / "69").rmdir())
-    assert agreement.newest_step(checkpoints) == 46
+    monkeypatch.setattr(time, "sleep", lambda _: (workdir / "checkpoints" / "69").rmdir())
+    assert agreement.agreed_newest_step(workdir) == 46
 
 
-def test_a_process_that_sees_other_checkpoints_than_the_first_ends(
-    second, checkpoints, monkeypatch
-):
+def test_a_process_that_sees_other_checkpoints_than_the_first_ends(second, workdir, monkeypatch):
     second.append(46)
     clock = iter(range(100))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with pytest.raises(
         agreement.DisagreementError, match=r"step 46 .* step 69 for process 1 on se"
     ):
-        agreement.newest_step(checkpoints)
+        agreement.agreed_newest_step(workdir)
 
 
 def test_what_another_host_writes_may_show_late(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaformer_jax.models import attention
-from metaformer_jax.models.attention import dot_product_attention
+from metaformer_jax.models.lowering import attention
+from metaformer_jax.models.lowering.attention import dot_product_attention
 
 # Query and key tokens, heads, channels of a head.
 SHAPES = [(7, 7, 2, 4), (5, 9, 3, 8), (1, 1, 1, 2), (6, 6, 2, 32)]

@@ -12,14 +12,13 @@ from flax import nnx
 from metaformer_jax.models import (
     Attention,
     MetaFormerBlock,
-    attention,
-    attention_mosaic,
     layer_norm,
     without_kernels,
 )
-from metaformer_jax.models.kept import PRODUCT
+from metaformer_jax.models.lowering import attention, attention_mosaic
+from metaformer_jax.models.lowering.platform import compiled_for
+from metaformer_jax.models.lowering.recomputation import PRODUCT
 from metaformer_jax.models.stages import run_blocks
-from metaformer_jax.models.target import compiled_for
 
 # Images, tokens, heads, channels of a head: one head, fewer than are looked ahead, and more; many
 # tokens.

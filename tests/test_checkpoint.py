@@ -10,6 +10,7 @@ from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.guard import Guard
 from metaformer_jax.training.metrics import PendingMetrics
 from metaformer_jax.training.step import TrainState
+from metaformer_jax.weights.workdir import saved_steps
 
 
 def _state(step):
@@ -32,7 +33,7 @@ def test_the_latest_and_the_best_stay(tmp_path):
             if accuracy is not None:
                 checkpoints.evaluated(step, accuracy)
         checkpoints.wait()
-        assert {int(path.name) for path in tmp_path.iterdir()} == {2, 4, 5}
+        assert saved_steps(tmp_path) == [5, 4, 2]
         assert checkpoints.pending_metrics() == [{"loss": 5}]
         restored = checkpoints.restore(_state(0), recipes.digits())
     np.testing.assert_array_equal(restored.params["head"], 5)
@@ -47,7 +48,7 @@ def test_the_best_stays_that_was_evaluated_after_it_was_saved_and_opened_again(t
             checkpoints.save(_state(step), [], recipes.digits())
             checkpoints.evaluated(step, accuracy)
         checkpoints.wait()
-        assert {int(path.name) for path in tmp_path.iterdir()} == {1, 3}
+        assert saved_steps(tmp_path) == [3, 1]
 
 
 @pytest.mark.parametrize("fsdp", [1, 2])

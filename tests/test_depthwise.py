@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaformer_jax.models import depthwise, depthwise_banded
-from metaformer_jax.models.depthwise import depthwise_conv2d
+from metaformer_jax.models.lowering import depthwise, depthwise_banded
+from metaformer_jax.models.lowering.depthwise import depthwise_conv2d
 
 SHAPES = [
     ((2, 9, 9, 4), (7, 7, 4)),

@@ -18,9 +18,13 @@ from metaformer_jax.data.loader import Batches, DataError
 from metaformer_jax.inference import load_classifier
 from metaformer_jax.training import evaluation, recipes, settings
 from metaformer_jax.training.checkpoint import Checkpoints
-from metaformer_jax.training.claim import claimed_workdir, describe
+from metaformer_jax.training.claim import claimed_workdir
 from metaformer_jax.training.evaluation import evaluate, evaluate_state
-from metaformer_jax.training.provenance import check_same_classes, check_same_network
+from metaformer_jax.training.provenance import (
+    check_same_classes,
+    check_same_network,
+    write_provenance,
+)
 from metaformer_jax.training.run import Run
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.workdir import saved_steps
@@ -162,11 +166,11 @@ def live(tmp_path):
             nnx.traversals.unflatten_mapping({path: size * flat[path] for path in flat})
             for size in (np.float32(step), np.float32(10 * step))
         )
-        with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
             small_run.save(checkpoints, step, params, {}, ema=ema)
 
     save(2)
-    for older in saved_steps(tmp_path / "checkpoints")[1:]:
+    for older in saved_steps(tmp_path)[1:]:
         shutil.rmtree(tmp_path / "checkpoints" / str(older))
     return tmp_path, config, flat, save
 
@@ -222,7 +226,7 @@ def birds(tmp_path):
         folder = tmp_path / "val" / f"bird{index}"
         folder.mkdir(parents=True)
         Image.new("RGB", (32, 32), (25 * index,) * 3).save(folder / "a.png")
-    describe(tmp_path / "run", config, Run(config, trains=False).class_names, _NUMBERS)
+    write_provenance(tmp_path / "run", config, Run(config, trains=False).class_names, _NUMBERS)
     return tmp_path / "run", config, tmp_path / "val"
 
 
@@ -241,7 +245,7 @@ def test_classes_of_other_names_are_refused_with_the_first_differences(birds):
         raise AssertionError
     with claimed_workdir(workdir, config, names, _NUMBERS, accept_changes=True) as changes:
         assert any("1: bird1 -> bird0" in change for change in changes)
-        describe(workdir, config, names, _NUMBERS)
+        write_provenance(workdir, config, names, _NUMBERS)
     _evaluate(config, workdir)
 
 
@@ -249,7 +253,7 @@ def test_names_that_are_no_text_are_kept(birds, tmp_path):
     _, config, data = birds
     (data / "bird3").rename(data / os.fsdecode(b"\xff"))
     names = Run(config, trains=False).class_names
-    describe(tmp_path, config, names, _NUMBERS)
+    write_provenance(tmp_path, config, names, _NUMBERS)
     check_same_classes(tmp_path, names)
 
 
@@ -260,7 +264,7 @@ def test_a_run_that_kept_no_names_goes_on_and_keeps_them(birds):
     _evaluate(config, workdir)
     names = Run(config, trains=False).class_names
     with claimed_workdir(workdir, config, names, _NUMBERS):
-        describe(workdir, config, names, _NUMBERS)
+        write_provenance(workdir, config, names, _NUMBERS)
         assert json.loads((workdir / "class_names.json").read_text())[0] == "aardvark"
 
 

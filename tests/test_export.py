@@ -27,7 +27,7 @@ from metaformer_jax.models import (
     SepConv,
     without_kernels,
 )
-from metaformer_jax.models.star_relu import squared_relu
+from metaformer_jax.models.lowering.star_relu import squared_relu
 
 NO_FLATBUFFERS = "flatbuffers, of the extra `export`, is not installed"
 NO_ONNX = "jax2onnx, of the extra `onnx`, is not installed"

@@ -15,15 +15,14 @@ from metaformer_jax.models import (
     FAMILIES,
     MetaFormer,
     MetaFormerSpec,
-    attention,
     compiler_options,
     cores,
-    depthwise_triton,
     jit_inference,
     normalization,
 )
 from metaformer_jax.models import jit as models_jit
-from metaformer_jax.models.kernels import are_allowed
+from metaformer_jax.models.lowering import attention, depthwise_triton
+from metaformer_jax.models.lowering.platform import kernels_are_allowed
 from metaformer_jax.models.normalization import LayerNorm
 
 
@@ -119,7 +118,7 @@ def test_on_several_devices_there_are_no_kernels(model, images):
     seen = []
 
     def noted(model, images):
-        seen.append(are_allowed())
+        seen.append(kernels_are_allowed())
         return model(images)
 
     mesh = Mesh(jax.devices()[:2], "data")
@@ -137,7 +136,7 @@ def test_on_several_devices_there_are_no_kernels_in_gradients_either(images, mon
     seen = []
 
     def has_kernels(*_):
-        seen.append(are_allowed())
+        seen.append(kernels_are_allowed())
         return False
 
     for module in (depthwise_triton, normalization, attention):

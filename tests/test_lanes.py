@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaformer_jax.models.lanes import images_along_lanes
+from metaformer_jax.models.lowering.lanes import images_along_lanes
 
 
 def _lowered(batch_size, platform):

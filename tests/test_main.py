@@ -79,10 +79,10 @@ def test_kernels_are_turned_off_by_a_flag():
     program = """
 from absl import app
 from metaformer_jax import main
-from metaformer_jax.models import kernels
+from metaformer_jax.models.lowering.platform import kernels_are_allowed
 from metaformer_jax.training import compile
 
-compile.compile_training = lambda *arguments, **named: print(kernels.are_allowed())
+compile.compile_training = lambda *arguments, **named: print(kernels_are_allowed())
 app.run(main.main, flags_parser=main._parse_flags)
 """
     for flags, expected in (([], "True\n"), (["--nokernels"], "False\n")):

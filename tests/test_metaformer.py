@@ -23,8 +23,8 @@ from metaformer_jax.models import (
     SepConv,
     image_layer_norm,
 )
+from metaformer_jax.models.lowering.platform import compiled_for
 from metaformer_jax.models.stages import run_blocks
-from metaformer_jax.models.target import compiled_for
 
 # Kernels of 3x3 compile in a fraction of the time of 7x7.
 SPEC = MetaFormerSpec(

@@ -16,15 +16,16 @@ from metaformer_jax.models import (
     SepConv,
     create_model,
     layer_norm,
-    mlp_mosaic,
+    mlp_kernels,
     without_kernels,
 )
 from metaformer_jax.models.layers import Linear, Mlp, image_layer_norm
+from metaformer_jax.models.lowering import mlp_mosaic
+from metaformer_jax.models.lowering.mlp_forms import ChannelsAlongLanes, ImagesAlongLanes, Norm
+from metaformer_jax.models.lowering.platform import compiled_for
+from metaformer_jax.models.lowering.residual_mlp import residual_mlp
 from metaformer_jax.models.mixers import IdentityMixing, Pooling
-from metaformer_jax.models.mlp_forms import Norm, Rows, Turned
-from metaformer_jax.models.residual_mlp import residual_mlp
 from metaformer_jax.models.stages import AUTO, run_blocks
-from metaformer_jax.models.target import compiled_for
 
 EPSILON = 1e-3
 OVER_CHANNELS, OVER_IMAGES = Norm(EPSILON), Norm(EPSILON, is_over_images=True)
@@ -32,7 +33,7 @@ OVER_CHANNELS, OVER_IMAGES = Norm(EPSILON), Norm(EPSILON, is_over_images=True)
 
 def _shape(form):
     """That of the images."""
-    if isinstance(form, Rows):
+    if isinstance(form, ChannelsAlongLanes):
         return form.shape
     n, c, b = form.shape
     return b, 1, n, c
@@ -87,18 +88,18 @@ def _assert_close(actual, expected, tolerance):
     [
         # Several rows in a step, one row in several products, several steps, tokens that do not
         # fill tiles, and images that the cores of a chip can or cannot share.
-        (Rows((3, 4, 48, 16), 48), (1, 3, 1, 1), True, OVER_CHANNELS),
-        (Rows((3, 1, 416, 16), 48), (1, 3, 1, 1), False, OVER_CHANNELS),
-        (Rows((2, 2, 864, 8), 24), (2, 1, 2, 2), True, OVER_CHANNELS),
-        (Rows((4, 2, 864, 8), 24), (2, 2, 2, 2), True, OVER_IMAGES),
-        (Rows((4, 1, 133, 24), 72), (2, 2, 1, 1), False, OVER_CHANNELS),
-        (Rows((4, 1, 133, 24), 72), (2, 2, 1, 1), False, OVER_IMAGES),
+        (ChannelsAlongLanes((3, 4, 48, 16), 48), (1, 3, 1, 1), True, OVER_CHANNELS),
+        (ChannelsAlongLanes((3, 1, 416, 16), 48), (1, 3, 1, 1), False, OVER_CHANNELS),
+        (ChannelsAlongLanes((2, 2, 864, 8), 24), (2, 1, 2, 2), True, OVER_CHANNELS),
+        (ChannelsAlongLanes((4, 2, 864, 8), 24), (2, 2, 2, 2), True, OVER_IMAGES),
+        (ChannelsAlongLanes((4, 1, 133, 24), 72), (2, 2, 1, 1), False, OVER_CHANNELS),
+        (ChannelsAlongLanes((4, 1, 133, 24), 72), (2, 2, 1, 1), False, OVER_IMAGES),
         # Several pixels in a product, several steps, and more images than lanes.
-        (Turned((6, 16, 128), 48), (1, 1, 1), True, OVER_CHANNELS),
-        (Turned((66, 8, 256), 24), (1, 2, 11), False, OVER_CHANNELS),
-        (Turned((66, 8, 256), 24), (1, 2, 11), True, OVER_IMAGES),
-        (Turned((8, 8, 128), 2048), (2, 1, 1), True, OVER_CHANNELS),
-        (Turned((8, 8, 128), 2048), (2, 1, 1), False, OVER_IMAGES),
+        (ImagesAlongLanes((6, 16, 128), 48), (1, 1, 1), True, OVER_CHANNELS),
+        (ImagesAlongLanes((66, 8, 256), 24), (1, 2, 11), False, OVER_CHANNELS),
+        (ImagesAlongLanes((66, 8, 256), 24), (1, 2, 11), True, OVER_IMAGES),
+        (ImagesAlongLanes((8, 8, 128), 2048), (2, 1, 1), True, OVER_CHANNELS),
+        (ImagesAlongLanes((8, 8, 128), 2048), (2, 1, 1), False, OVER_IMAGES),
     ],
 )
 def test_values_and_gradients_are_those_of_autodiff(form, grid, has_shortcut, norm, monkeypatch):
@@ -119,7 +120,9 @@ def test_in_bfloat16_only_what_is_multiplied_is_rounded(norm):
     wide = [array.astype(jnp.float32) for array in arrays]
     expected, vjp = jax.vjp(functools.partial(_expected, norm=norm), *wide)
     by_x, _, *others = vjp(cotangent.astype(jnp.float32))
-    result, gradients = _by_kernels(Rows((4, 8, 112, 16), 64), arrays, cotangent, norm)
+    result, gradients = _by_kernels(
+        ChannelsAlongLanes((4, 8, 112, 16), 64), arrays, cotangent, norm
+    )
     assert result.dtype == gradients[0].dtype == jnp.bfloat16
     assert all(gradient.dtype == jnp.float32 for gradient in gradients[1:])
     # Eight bits: of what is multiplied, and of the result. Over 3,584 tokens no error adds up.
@@ -129,7 +132,9 @@ def test_in_bfloat16_only_what_is_multiplied_is_rounded(norm):
 
 
 @pytest.mark.parametrize("norm", [OVER_CHANNELS, OVER_IMAGES])
-@pytest.mark.parametrize("form", [Rows((4, 1, 42, 16), 64), Turned((42, 16, 4), 64)])
+@pytest.mark.parametrize(
+    "form", [ChannelsAlongLanes((4, 1, 42, 16), 64), ImagesAlongLanes((42, 16, 4), 64)]
+)
 def test_without_kernels_the_function_is_the_same(form, norm):
     arrays, cotangent = _arrays((4, 6, 7, 16), 64)
     expected, vjp = jax.vjp(functools.partial(_expected, norm=norm), *arrays)
@@ -142,21 +147,21 @@ def test_without_kernels_the_function_is_the_same(form, norm):
         _assert_close(actual, 0 * gradient if position == 1 else gradient, 5e-6)
 
 
-def _form_of(x, *, may_turn=True):
-    return mlp_mosaic.form_of(x, 4 * x.shape[-1], norm=OVER_CHANNELS, may_turn=may_turn)
+def _form_of(x, *, takes_any_form=True):
+    return mlp_mosaic.form_of(x, 4 * x.shape[-1], norm=OVER_CHANNELS, takes_any_form=takes_any_form)
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "expected"),
     [
-        ((64, 28, 112, 128), jnp.bfloat16, Rows((64, 28, 112, 128), 512)),
-        ((64, 14, 14, 512), jnp.bfloat16, Rows((64, 1, 196, 512), 2048)),
-        ((64, 28, 28, 128), jnp.bfloat16, Rows((64, 1, 784, 128), 512)),
-        ((8, 24, 24, 512), jnp.bfloat16, Rows((8, 1, 576, 512), 2048)),
+        ((64, 28, 112, 128), jnp.bfloat16, ChannelsAlongLanes((64, 28, 112, 128), 512)),
+        ((64, 14, 14, 512), jnp.bfloat16, ChannelsAlongLanes((64, 1, 196, 512), 2048)),
+        ((64, 28, 28, 128), jnp.bfloat16, ChannelsAlongLanes((64, 1, 784, 128), 512)),
+        ((8, 24, 24, 512), jnp.bfloat16, ChannelsAlongLanes((8, 1, 576, 512), 2048)),
         # Images fill the lanes.
-        ((128, 56, 56, 64), jnp.bfloat16, Turned((3136, 64, 128), 256)),
-        ((256, 28, 28, 128), jnp.bfloat16, Turned((784, 128, 256), 512)),
-        ((128, 7, 7, 512), jnp.bfloat16, Turned((49, 512, 128), 2048)),
+        ((128, 56, 56, 64), jnp.bfloat16, ImagesAlongLanes((3136, 64, 128), 256)),
+        ((256, 28, 28, 128), jnp.bfloat16, ImagesAlongLanes((784, 128, 256), 512)),
+        ((128, 7, 7, 512), jnp.bfloat16, ImagesAlongLanes((49, 512, 128), 2048)),
         ((64, 14, 14, 512), jnp.float32, None),
         ((64, 14, 14, 512), jnp.float16, None),
         # Channels that do not fill the lanes, as long as images do not.
@@ -175,8 +180,8 @@ def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
     x = jax.ShapeDtypeStruct(shape, dtype)
     with on_tpus.traced_for("TPU v5 lite"):
         assert _form_of(x) == expected
-        in_rows = _form_of(x, may_turn=False)
-        assert not isinstance(in_rows, Turned)
+        in_rows = _form_of(x, takes_any_form=False)
+        assert not isinstance(in_rows, ImagesAlongLanes)
         assert in_rows == expected or shape[0] >= 128
         with without_kernels():
             assert _form_of(x) is None
@@ -190,7 +195,7 @@ def test_kernels_are_for_shapes_that_gain(shape, dtype, expected):
 def test_weights_and_their_gradients_fit_into_the_vector_memory(chip, most_channels):
     with on_tpus.traced_for(chip):
         forms = [
-            _form_of(jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16), may_turn=False)
+            _form_of(jax.ShapeDtypeStruct((8, 14, 14, c), jnp.bfloat16), takes_any_form=False)
             for c in (most_channels, most_channels + 128)
         ]
     assert [form is not None for form in forms] == [True, False]
@@ -200,19 +205,27 @@ def test_the_matrix_units_of_early_chips_take_no_bfloat16():
     x = jax.ShapeDtypeStruct((2, 14, 14, 128), jnp.bfloat16)
     for chip, has_kernels in (("TPU v2", False), ("TPU v3", False), ("TPU v4", True)):
         with on_tpus.traced_for(chip):
-            assert (_form_of(x, may_turn=False) is not None) == has_kernels
+            assert (_form_of(x, takes_any_form=False) is not None) == has_kernels
 
 
 @pytest.mark.parametrize(
     ("name", "num_images", "expected"),
     [
         # In the stages of attention 320 channels leave lanes empty, and 49 tokens are few.
-        ("caformer_s18", 128, [Turned, Turned, None, None]),
-        ("caformer_b36", 64, [Rows, Rows, Rows, None]),
-        ("convformer_s18", 128, [Turned, Turned, Turned, Turned]),
+        ("caformer_s18", 128, [ImagesAlongLanes, ImagesAlongLanes, None, None]),
+        ("caformer_b36", 64, [ChannelsAlongLanes, ChannelsAlongLanes, ChannelsAlongLanes, None]),
+        (
+            "convformer_s18",
+            128,
+            [ImagesAlongLanes, ImagesAlongLanes, ImagesAlongLanes, ImagesAlongLanes],
+        ),
         # After norms over images, hidden layers that fit into the vector memory have none.
-        ("poolformerv2_s12", 128, [Turned, Turned, Turned, None]),
-        ("identityformer_s12", 256, [Turned, Turned, Turned, Turned]),
+        ("poolformerv2_s12", 128, [ImagesAlongLanes, ImagesAlongLanes, ImagesAlongLanes, None]),
+        (
+            "identityformer_s12",
+            256,
+            [ImagesAlongLanes, ImagesAlongLanes, ImagesAlongLanes, ImagesAlongLanes],
+        ),
         ("randformer_s12", 32, [None, None, None, None]),
         ("poolformerv2_m36", 64, [None, None, None, None]),
     ],
@@ -225,7 +238,7 @@ def test_stages_of_published_models_that_have_kernels(name, num_images, expected
         for blocks, size, dim in zip(model.stages, sizes, model.spec.dims, strict=True):
             x = jax.ShapeDtypeStruct((num_images, *size, dim), jnp.bfloat16)
             rows = jax.eval_shape(blocks[0].fold, x)
-            forms.append(blocks[0].mlp_form(rows))
+            forms.append(mlp_kernels.form_for(blocks[0], rows))
     assert [None if form is None else type(form) for form in forms] == expected
 
 
@@ -282,12 +295,12 @@ def test_a_block_is_the_same_with_and_without(mixer, options, how, monkeypatch):
     expected = value_and_grad(block, x)
     calls = []
 
-    def form_of(x, num_hidden, *, norm, may_turn):
+    def form_of(x, num_hidden, *, norm, takes_any_form):
         """Whatever the limits of the kernels: what they compute is run in their place."""
         calls.append(x.shape)
         b, h, w, c = x.shape
-        turned = Turned((h * w, c, b), num_hidden)
-        return turned if may_turn else Rows((b, 1, h * w, c), num_hidden)
+        along_images = ImagesAlongLanes((h * w, c, b), num_hidden)
+        return along_images if takes_any_form else ChannelsAlongLanes((b, 1, h * w, c), num_hidden)
 
     monkeypatch.setattr(mlp_mosaic, "form_of", form_of)
     actual = value_and_grad(block, x)
@@ -306,7 +319,7 @@ def test_changed_layers_have_no_kernels():
     def has_kernels(block):
         with on_tpus.traced_for("TPU v5 lite"):
             x = jax.ShapeDtypeStruct((8, 12, 12, 128), jnp.bfloat16)
-            return block.mlp_form(x) is not None
+            return mlp_kernels.form_for(block, x) is not None
 
     def changed(*path, part):
         block = _block()
@@ -359,9 +372,13 @@ def _lowered(function, x, platform="tpu"):
 
 
 @pytest.mark.parametrize("norm", [OVER_CHANNELS, OVER_IMAGES])
-@pytest.mark.parametrize("is_turned", [False, True])
-def test_everything_may_be_mapped(is_turned, norm):
-    form = Turned((8, 64, 128), 256) if is_turned else Rows((2, 1, 144, 128), 256)
+@pytest.mark.parametrize("has_images_along_lanes", [False, True])
+def test_everything_may_be_mapped(has_images_along_lanes, norm):
+    form = (
+        ImagesAlongLanes((8, 64, 128), 256)
+        if has_images_along_lanes
+        else ChannelsAlongLanes((2, 1, 144, 128), 256)
+    )
 
     def gradients(x, keep, up, down, offset):
         shortcut = jnp.ones_like(offset)
@@ -383,7 +400,7 @@ def test_everything_may_be_mapped(is_turned, norm):
 
 @pytest.mark.parametrize("norm", [OVER_CHANNELS, OVER_IMAGES])
 def test_places_of_blocks_have_32_bits_whatever_the_default(norm):
-    for form in (Rows((2, 1, 144, 128), 256), Turned((8, 64, 128), 256)):
+    for form in (ChannelsAlongLanes((2, 1, 144, 128), 256), ImagesAlongLanes((8, 64, 128), 256)):
         arrays, cotangent = _arrays(_shape(form), form.num_hidden, jnp.bfloat16)
 
         def both(x, *others, form=form, cotangent=cotangent):

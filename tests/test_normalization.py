@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaformer_jax.models.normalization import LayerNorm, _moments_in_one_pass, moments
+from metaformer_jax.models.lowering.normalization import _moments_in_one_pass, moments
+from metaformer_jax.models.normalization import LayerNorm
 
 SETTINGS = [
     {"reduction_axes": -1, "use_bias": False},

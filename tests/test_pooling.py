@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaformer_jax.models import pooling
+from metaformer_jax.models.lowering import pooling
 
 # Nothing here runs long: compiling soon is what counts.
 _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -17,7 +17,7 @@ from metaformer_jax.models import (
     Pooling,
     SepConv,
 )
-from metaformer_jax.models.target import compiled_for
+from metaformer_jax.models.lowering.platform import compiled_for
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from metaformer_jax import models
 from metaformer_jax.models import ImageKeys, MetaFormer, MetaFormerSpec, stages
-from metaformer_jax.models.target import compiled_for
+from metaformer_jax.models.lowering.platform import compiled_for
 
 # A small kernel compiles sooner.
 SEP_CONV = functools.partial(models.SepConv, kernel_size=3)

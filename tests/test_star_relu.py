@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaformer_jax.models import star_relu
 from metaformer_jax.models.layers import Mlp
+from metaformer_jax.models.lowering import star_relu, star_relu_depthwise
+from metaformer_jax.models.lowering.recomputation import run_after
 from metaformer_jax.models.mixers import SepConv
-from metaformer_jax.models.schedule import run_after
 
 # Nothing here runs long: compiling soon is what counts.
 _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -39,24 +39,26 @@ def _plain(x, scale, bias):
 @jax.custom_vjp
 def _in_rows(x, scale, bias, kernel):
     """What TPUs run where rows fill their lanes."""
-    return star_relu._convolve_activated_rows(x, scale, bias, kernel)[0]
+    return star_relu_depthwise._convolve_activated_rows(x, scale, bias, kernel)[0]
 
 
 def _in_rows_forward(x, scale, bias, kernel):
-    convolved, kept = star_relu._convolve_activated_rows(x, scale, bias, kernel)
+    convolved, kept = star_relu_depthwise._convolve_activated_rows(x, scale, bias, kernel)
     return convolved, (kept, scale, bias, kernel)
 
 
 _in_rows.defvjp(
     _in_rows_forward,
-    lambda residuals, cotangent: star_relu._gradients_of_convolved_rows(*residuals, cotangent),
+    lambda residuals, cotangent: star_relu_depthwise._gradients_of_convolved_rows(
+        *residuals, cotangent
+    ),
 )
 
 # Ours, the formula, and the shape of the kernel.
 LAYERS = [
     (star_relu.star_relu_matmul, _matmul, (6, 9)),
     (star_relu.star_relu_matmul, _matmul, (6, 2)),
-    (star_relu.star_relu_depthwise_conv2d, _depthwise, (3, 5, 6)),
+    (star_relu_depthwise.star_relu_depthwise_conv2d, _depthwise, (3, 5, 6)),
     (_in_rows, _depthwise, (3, 5, 6)),
 ]
 

@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event
 from metaformer_jax.data.device import normalize
 from metaformer_jax.data.loader import DataError
 from metaformer_jax.models import MetaFormer
-from metaformer_jax.training import evaluation, preview, recipes, train
+from metaformer_jax.training import evaluation, loop, preview, recipes, train
 from metaformer_jax.training.checkpoint import Checkpoints, SaveError
 from metaformer_jax.training.failure import TrainingError
 from metaformer_jax.training.feeding import PlacedBatches
@@ -56,7 +56,7 @@ def _train(workdir, config=None, **kwargs):
 
 
 def _restore(workdir, config):
-    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+    with Checkpoints(workdir, keep=1) as checkpoints:
         return jax.device_get(checkpoints.restore(Run(config).engine.abstract_state, config))
 
 
@@ -315,12 +315,12 @@ def test_a_run_whose_data_fails_saves_what_it_has_trained(num_steps, tmp_path, m
         _worker_dies_after(num_steps, patch)
         with pytest.raises(DataError, match="has died"):
             _train(tmp_path)
-    assert saved_steps(tmp_path / "checkpoints") == [num_steps]
+    assert saved_steps(tmp_path) == [num_steps]
     # And a start at which it fails anew saves nothing.
     _worker_dies_after(0, monkeypatch)
     with pytest.raises(DataError, match="has died"):
         _train(tmp_path)
-    assert saved_steps(tmp_path / "checkpoints") == [num_steps]
+    assert saved_steps(tmp_path) == [num_steps]
 
 
 def test_gradients_are_cut_from_where_a_run_stopped_on(finished, tmp_path):
@@ -397,7 +397,7 @@ def test_a_checkpoint_that_could_not_be_written_is_noticed_and_saved_again_if_po
             _train(tmp_path)
     # The checkpoint of step 12 failed, and the next one was due after step 23.
     assert [row["step"] for row in read_metrics(tmp_path) if "train/loss" in row][-1] == 16
-    saved = saved_steps(tmp_path / "checkpoints")
+    saved = saved_steps(tmp_path)
     if times == 1:
         assert str(raised.value).endswith("continues. Step 16 could be saved after that.")
         assert saved == [16]
@@ -409,7 +409,7 @@ def test_a_checkpoint_that_could_not_be_written_is_noticed_and_saved_again_if_po
 
 
 def test_the_best_stays_though_its_evaluation_was_broken_off(tmp_path, monkeypatch):
-    evaluate_state = train.evaluate_state
+    evaluate_state = loop.evaluate_state
     accuracies = iter([None, 0.9, 0.1, 0.2, 0.3])
 
     def evaluated(*args, **kwargs):
@@ -418,7 +418,7 @@ def test_the_best_stays_though_its_evaluation_was_broken_off(tmp_path, monkeypat
             raise evaluation.StoppedError
         return dataclasses.replace(evaluate_state(*args, **kwargs), accuracy=accuracy)
 
-    monkeypatch.setattr(train, "evaluate_state", evaluated)
+    monkeypatch.setattr(loop, "evaluate_state", evaluated)
     config = _config(**{"checkpoint.keep": 1})
     with pytest.raises(PreemptedError, match="step 12 of 23 is saved"):
         _train(tmp_path, config)

@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaformer_jax.models import (
+from metaformer_jax.models import without_kernels
+from metaformer_jax.models.block import MetaFormerBlock
+from metaformer_jax.models.layers import Mlp
+from metaformer_jax.models.lowering import (
     attention,
     depthwise,
     depthwise_triton,
     normalization_triton,
     star_relu,
+    star_relu_depthwise,
     triton,
-    without_kernels,
 )
-from metaformer_jax.models.block import MetaFormerBlock
-from metaformer_jax.models.layers import Mlp
+from metaformer_jax.models.lowering.normalization import normalize
 from metaformer_jax.models.mixers import IdentityMixing, SepConv
-from metaformer_jax.models.normalization import LayerNorm, _normalize
+from metaformer_jax.models.normalization import LayerNorm
 
 # Image and kernel: whole strips, strips that reach beyond a row, odd numbers of rows and channels.
 SHAPES = [
@@ -83,9 +85,7 @@ def test_a_convolution_of_bfloat16_is_summed_in_float32():
 def test_a_norm_and_its_gradients_are_those_of_other_platforms(shape):
     x, cotangent, beside = 1 + 2 * _normal(0, shape), _normal(1, shape), _normal(2, shape)
     scale = 1 + _normal(3, shape[-1:])
-    expected, vjp = jax.vjp(
-        lambda x, scale: _normalize(x, scale, (len(shape) - 1,), 1e-6), x, scale
-    )
+    expected, vjp = jax.vjp(lambda x, scale: normalize(x, scale, (len(shape) - 1,), 1e-6), x, scale)
     actual = normalization_triton.normalize(x, scale, epsilon=1e-6, dtype=x.dtype, interpret=True)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     by_x, by_scale = normalization_triton.gradients(
@@ -146,12 +146,14 @@ def test_scale_and_bias_may_be_applied_to_a_depthwise_kernel():
     x, kernel = _normal(0, (2, 4, 5, 6)), _normal(1, (3, 5, 6))
     cotangent, scale, bias = _normal(2, x.shape), jnp.array([0.9]), jnp.array([-0.4])
     by_kernels = functools.partial(jax.jit, static_argnames="interpret")
-    expected, kept = jax.jit(star_relu._convolve_activated)(x, scale, bias, kernel)
-    convolve = by_kernels(star_relu._convolve_squares)
+    expected, kept = jax.jit(star_relu_depthwise._convolve_activated)(x, scale, bias, kernel)
+    convolve = by_kernels(star_relu_depthwise._convolve_squares)
     actual, positive = convolve(x, scale, bias, kernel, interpret=True)
     _assert_close(actual, expected, 1e-5)
-    expected = jax.jit(star_relu._gradients_of_convolved)(kept, scale, bias, kernel, cotangent)
-    gradients = by_kernels(star_relu._gradients_of_convolved_squares)
+    expected = jax.jit(star_relu_depthwise._gradients_of_convolved)(
+        kept, scale, bias, kernel, cotangent
+    )
+    gradients = by_kernels(star_relu_depthwise._gradients_of_convolved_squares)
     actual = gradients(positive, scale, bias, kernel, cotangent, interpret=True)
     for ours, theirs in zip(actual, expected, strict=True):
         _assert_close(ours, theirs, 1e-5)
@@ -264,12 +266,14 @@ def test_a_backward_pass_is_of_the_kind_of_its_forward_pass(has_gpu, monkeypatch
         raise AssertionError
 
     monkeypatch.setattr(attention, "_gradients_by_cudnn", refuse)
-    monkeypatch.setattr(star_relu, "_gradients_of_convolved_squares", refuse)
+    monkeypatch.setattr(star_relu_depthwise, "_gradients_of_convolved_squares", refuse)
     x = _normal(0, (1, 4, 2, 8), jnp.bfloat16)
 
     def output(x):
         mixed = attention.dot_product_attention(x, x, x)
-        return star_relu.star_relu_depthwise_conv2d(mixed, jnp.ones(1), jnp.zeros(1), x[0, :3, :1])
+        return star_relu_depthwise.star_relu_depthwise_conv2d(
+            mixed, jnp.ones(1), jnp.zeros(1), x[0, :3, :1]
+        )
 
     with without_kernels():
         _, vjp = jax.vjp(output, x)
@@ -278,9 +282,9 @@ def test_a_backward_pass_is_of_the_kind_of_its_forward_pass(has_gpu, monkeypatch
 
 def test_large_kernels_and_empty_batches_have_none(has_gpu):
     x = jnp.zeros((1, 9, 9, 2))
-    assert depthwise_triton.has_kernel(x, jnp.zeros((7, 7, 2)))
-    assert not depthwise_triton.has_kernel(x, jnp.zeros((9, 9, 2)))
-    assert not depthwise_triton.has_kernel(x[:0], jnp.zeros((7, 7, 2)))
+    assert depthwise_triton.takes(x, jnp.zeros((7, 7, 2)))
+    assert not depthwise_triton.takes(x, jnp.zeros((9, 9, 2)))
+    assert not depthwise_triton.takes(x[:0], jnp.zeros((7, 7, 2)))
 
 
 def test_a_batch_may_be_empty():

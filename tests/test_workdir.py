@@ -33,7 +33,7 @@ def workdir(tmp_path_factory, variables):
     """Two checkpoints, of which the newer has the weights of reference."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.json").write_text(json.dumps({"model.name": NAME}))
-    with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
+    with Checkpoints(folder, keep=2) as checkpoints:
         for step, scale in ((9, np.float32(2)), (10, np.float32(1))):
             halves = [
                 nnx.traversals.unflatten_mapping(
@@ -67,7 +67,7 @@ def test_of_a_run_that_averages_the_average_is_taken(variables, tmp_path):
         for of_kind in (False, True)
     )
     (tmp_path / "config.json").write_text(json.dumps({"model.name": NAME}))
-    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
         twice = jax.tree.map(lambda value: 2 * value, params)
         save(checkpoints, 1, twice, frozen, ema=params)
     model = create_model(NAME, pretrained=tmp_path, rngs=nnx.Rngs(0))

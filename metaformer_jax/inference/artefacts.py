@@ -15,11 +15,11 @@ from jaxtyping import Array, Float
 from metaformer_jax.inference.classifier import Classifier
 from metaformer_jax.models import Attention, MetaFormer, Pooling, StarReLU
 from metaformer_jax.models.arguments import as_pair, is_floating
-from metaformer_jax.models.attention import split_heads
 from metaformer_jax.models.layers import Linear
+from metaformer_jax.models.lowering.attention import split_heads
+from metaformer_jax.models.lowering.star_relu import squared_relu
 from metaformer_jax.models.mixers import DepthwiseConv
 from metaformer_jax.models.normalization import LayerNorm
-from metaformer_jax.models.star_relu import squared_relu
 from metaformer_jax.weights.errors import first_line
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -4,7 +4,6 @@ from metaformer_jax.models.block import MetaFormerBlock
 from metaformer_jax.models.class_names import imagenet_class_names, imagenet_synsets
 from metaformer_jax.models.counting import Counts, count
 from metaformer_jax.models.jit import compiler_options, jit_inference
-from metaformer_jax.models.kernels import without_kernels
 from metaformer_jax.models.layers import (
     Dropout,
     Frozen,
@@ -15,6 +14,7 @@ from metaformer_jax.models.layers import (
     image_layer_norm,
     layer_norm,
 )
+from metaformer_jax.models.lowering.platform import without_kernels
 from metaformer_jax.models.metaformer import ConvGeometry, MetaFormer, MetaFormerSpec
 from metaformer_jax.models.mixers import (
     Attention,

@@ -1,24 +1,19 @@
 """The block of a MetaFormer (section 2 of the publication)."""
 
-from types import NoneType
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metaformer_jax.models import mlp_mosaic
-from metaformer_jax.models.layers import DropPath, ImageKeys, Linear, Mlp, NormFn, ResScale
+from metaformer_jax.models import mlp_kernels
+from metaformer_jax.models.layers import DropPath, ImageKeys, Mlp, NormFn, ResScale
+from metaformer_jax.models.lowering.mlp_forms import ChannelsAlongLanes
 from metaformer_jax.models.mixers import Attention, IdentityMixing, SepConv, TokenMixerFn
-from metaformer_jax.models.mlp_forms import Form, Norm, Rows
 from metaformer_jax.models.normalization import LayerNorm
-from metaformer_jax.models.residual_mlp import residual_mlp
-from metaformer_jax.models.star_relu import StarReLU
 
-# Mixers that do not know which tokens are neighbours.
+# Mixers to which it is all the same how the tokens of an image are divided among rows.
 _TAKE_ANY_ROWS = (Attention, IdentityMixing)
-# Axes over which norms have kernels.
-_OVER_CHANNELS, _OVER_IMAGES = (-1, (-1,)), (1, 2, 3)
 
 
 class MetaFormerBlock(nnx.Module):
@@ -76,9 +71,14 @@ class MetaFormerBlock(nnx.Module):
         Layers that may ask which tokens are neighbours, and are not this package's, get `x`.
         """
         if isinstance(self.token_mixer, SepConv):
-            return self.token_mixer.fold(x) if self._takes_any_rows_around_mixer() else x
-        form = self.mlp_form(x) if type(self.token_mixer) in _TAKE_ANY_ROWS else None
-        return form.enter(x) if isinstance(form, Rows) else x
+            layers_take_any_rows = (
+                mlp_kernels.takes_any_rows(self.norm1)
+                and mlp_kernels.takes_any_rows(self.norm2)
+                and mlp_kernels.is_published_mlp(self.mlp)
+            )
+            return self.token_mixer.fold(x) if layers_take_any_rows else x
+        form = mlp_kernels.form_for(self, x) if type(self.token_mixer) in _TAKE_ANY_ROWS else None
+        return form.enter(x) if isinstance(form, ChannelsAlongLanes) else x
 
     def mix_tokens(
         self,
@@ -100,77 +100,11 @@ class MetaFormerBlock(nnx.Module):
         self, x: Float[Array, "b h w c"], *, rngs: nnx.Rngs | ImageKeys | None = None
     ) -> Float[Array, "b h w c"]:
         """The second half of the block, with the MLP."""
-        if (form := self.mlp_form(x)) is not None:
-            return self._transform_by_kernels(form, x, rngs)
+        if (form := mlp_kernels.form_for(self, x)) is not None:
+            return mlp_kernels.transform(self, form, x, rngs)
         x, normalized = _beside(self.norm2, x)
         branch = self.mlp(normalized)
         return _add_branch(x, branch, self.drop_path2, self.res_scale2, rngs)
-
-    def mlp_form(self, x: Float[Array, "b h w c"]) -> Form | None:
-        """That in which kernels for TPUs take `x` for the second half; None without kernels.
-
-        There are some for the published layers, not for subclasses of them.
-        """
-        norm: Any = self.norm2
-        mlp = self.mlp
-        is_published = (
-            _takes_any_rows(norm)
-            and norm.bias is None
-            and _is_published_mlp(mlp)
-            and type(self.drop_path2) in (DropPath, NoneType)
-            and type(self.res_scale2) in (ResScale, NoneType)
-            and mlp.fc1.dtype == mlp.fc2.dtype == x.dtype
-        )
-        if not is_published:
-            return None
-        # Attention takes matrices of the tokens of an image.
-        may_turn = not isinstance(self.token_mixer, Attention)
-        return mlp_mosaic.form_of(
-            x, mlp.fc1.out_features, norm=self._norm_of_kernels(), may_turn=may_turn
-        )
-
-    def _takes_any_rows_around_mixer(self) -> bool:
-        norms = (self.norm1, self.norm2)
-        return all(map(_takes_any_rows, norms)) and _is_published_mlp(self.mlp)
-
-    def _norm_of_kernels(self) -> Norm:
-        norm: Any = self.norm2
-        return Norm(norm.epsilon, is_over_images=norm.reduction_axes == _OVER_IMAGES)
-
-    def _transform_by_kernels(
-        self, form: Form, x: Float[Array, "b h w c"], rngs: nnx.Rngs | ImageKeys | None
-    ) -> Float[Array, "b h w c"]:
-        norm: Any = self.norm2
-        fc1, act, fc2 = self.mlp.fc1, self.mlp.act, self.mlp.fc2
-        keep = jnp.ones((x.shape[0], 1, 1, 1), jnp.float32)
-        if self.drop_path2 is not None:
-            keep = self.drop_path2(keep, rngs=rngs)
-        norm_scale, up, scale, bias, down = (
-            jnp.asarray(param[...], jnp.float32)
-            for param in (norm.scale, fc1.kernel, act.scale, act.bias, fc2.kernel)
-        )
-        shortcut = None
-        if self.res_scale2 is not None:
-            shortcut = jnp.asarray(self.res_scale2.scale[...], jnp.float32)
-        return residual_mlp(
-            form,
-            x,
-            keep.reshape(-1),
-            shortcut,
-            norm_scale[:, None] * up,
-            scale * down,
-            bias * down.sum(0),
-            norm=self._norm_of_kernels(),
-        )
-
-
-def _takes_any_rows(norm: Any) -> bool:
-    return type(norm) is LayerNorm and norm.reduction_axes in (*_OVER_CHANNELS, _OVER_IMAGES)
-
-
-def _is_published_mlp(mlp: Any) -> bool:
-    parts = [Linear, StarReLU, Linear]
-    return type(mlp) is Mlp and [*map(type, (mlp.fc1, mlp.act, mlp.fc2))] == parts
 
 
 def _beside(norm: Any, x: Array) -> tuple[Array, Array]:

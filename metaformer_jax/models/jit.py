@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metaformer_jax.models.cores import InParts
-from metaformer_jax.models.kernels import without_kernels
+from metaformer_jax.models.lowering.platform import without_kernels
 from metaformer_jax.models.metaformer import MetaFormer
 
 # On CPUs XLA hands matrix products, convolutions and sums to the library YNNPACK. With Eigen, its

@@ -11,16 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from metaformer_jax.models.arguments import hidden_channels
-from metaformer_jax.models.kept import PRODUCT
-from metaformer_jax.models.matmul import matmul
+from metaformer_jax.models.lowering.matmul import matmul
+from metaformer_jax.models.lowering.promotion import promoted
+from metaformer_jax.models.lowering.recomputation import PRODUCT
+from metaformer_jax.models.lowering.star_relu import squared_relu, star_relu_matmul
 from metaformer_jax.models.normalization import LayerNorm
-from metaformer_jax.models.promotion import promoted
-from metaformer_jax.models.star_relu import (
-    StarReLU,
-    activate_and_apply,
-    squared_relu,
-    star_relu_matmul,
-)
+from metaformer_jax.models.star_relu import StarReLU, activate_and_apply
 
 _BLOCK = 2**16
 

@@ -29,8 +29,8 @@ from metaformer_jax.models.layers import (
     NormFn,
     layer_norm,
 )
+from metaformer_jax.models.lowering.promotion import wide_dtype
 from metaformer_jax.models.mixers import TokenMixerFn
-from metaformer_jax.models.promotion import wide_dtype
 from metaformer_jax.models.stages import drops, remat_here, remat_name, run_blocks
 
 

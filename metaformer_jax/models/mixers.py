@@ -8,20 +8,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from metaformer_jax.models import depthwise_banded
 from metaformer_jax.models.arguments import at_least, hidden_channels
-from metaformer_jax.models.attention import self_attention, split_heads
-from metaformer_jax.models.depthwise import depthwise_conv2d
-from metaformer_jax.models.kept import PRODUCT
 from metaformer_jax.models.layers import Frozen, Linear, kernel_init
-from metaformer_jax.models.pooling import average_pool
-from metaformer_jax.models.promotion import wide_dtype
-from metaformer_jax.models.star_relu import (
-    StarReLU,
-    activate_and_apply,
-    star_relu_depthwise_conv2d,
-)
-from metaformer_jax.models.target import is_for_tpus
+from metaformer_jax.models.lowering import depthwise_banded
+from metaformer_jax.models.lowering.attention import self_attention, split_heads
+from metaformer_jax.models.lowering.depthwise import depthwise_conv2d
+from metaformer_jax.models.lowering.platform import is_for_tpus
+from metaformer_jax.models.lowering.pooling import average_pool
+from metaformer_jax.models.lowering.promotion import wide_dtype
+from metaformer_jax.models.lowering.recomputation import PRODUCT
+from metaformer_jax.models.lowering.star_relu_depthwise import star_relu_depthwise_conv2d
+from metaformer_jax.models.star_relu import StarReLU, activate_and_apply
 
 
 class TokenMixerFn(Protocol):

@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.kept import PRODUCT, STATISTICS
+from metaformer_jax.models import mlp_kernels
 from metaformer_jax.models.layers import Dropout, ImageKeys
-from metaformer_jax.models.target import is_for_tpus
+from metaformer_jax.models.lowering.platform import is_for_tpus
+from metaformer_jax.models.lowering.recomputation import PRODUCT, STATISTICS
 
 # What the backward pass recomputes of a block instead of keeping it. The means and variances of
 # norms, two numbers per token, are always kept.
@@ -59,7 +60,7 @@ def _remat_of(remat: str, block: Any, x: Array) -> str:
     if remat != AUTO:
         return remat
     # The kernels of the second half keep its input alone, whatever else is recomputed.
-    return "mlp" if block.mlp_form(x) is None else "none"
+    return "mlp" if mlp_kernels.form_for(block, x) is None else "none"
 
 
 def run_blocks(

@@ -19,7 +19,7 @@ from metaformer_jax.training import settings
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.weights.convert import Variables
 from metaformer_jax.weights.integrity import crc32c_of_tensors
-from metaformer_jax.weights.workdir import saved_steps
+from metaformer_jax.weights.workdir import checkpoints_folder, saved_steps
 
 # Where a host has the data, and how many of its cores read it. The weights at a path are compared.
 _MAY_DIFFER = (
@@ -83,13 +83,13 @@ def check_same(
         )
 
 
-def newest_step_of_first(checkpoints: pathlib.Path) -> int:
+def newest_step_of_first(workdir: pathlib.Path) -> int:
     """The step of the newest checkpoint that the first process sees; 0 without a checkpoint."""
-    step = max(saved_steps(checkpoints), default=0) if is_first_process() else 0
+    step = max(saved_steps(workdir), default=0) if is_first_process() else 0
     return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
 
 
-def newest_step(checkpoints: pathlib.Path) -> int:
+def agreed_newest_step(workdir: pathlib.Path) -> int:
     """The step of the newest checkpoint for all processes; 0 without a checkpoint.
 
     Waits as long as other processes may see those that the first one has removed, and not yet all
@@ -98,16 +98,16 @@ def newest_step(checkpoints: pathlib.Path) -> int:
     Raises:
         DisagreementError: in all of them, if one still sees others than the first.
     """
-    step = newest_step_of_first(checkpoints)
+    step = newest_step_of_first(workdir)
     if jax.process_count() == 1:
         return step
-    _wait_until(lambda: max(saved_steps(checkpoints), default=0) == step, _LISTED_FOR_SECONDS)
-    seen = max(saved_steps(checkpoints), default=0)
+    _wait_until(lambda: max(saved_steps(workdir), default=0) == step, _LISTED_FOR_SECONDS)
+    seen = max(saved_steps(workdir), default=0)
     told = _told_by_all(f"step {seen:,}" if seen != step else "")
     if others := [f"{text} for {process}" for process, text in told if text]:
         raise DisagreementError(
             f"`workdir` must show the same checkpoints to all processes, got step {step:,} as the "
-            f"newest in {checkpoints} for {told[0][0]}, but "
+            f"newest in {checkpoints_folder(workdir)} for {told[0][0]}, but "
             f"{', '.join([*others[:_MAX_NAMED], *_more(others)])}, even after "
             f"{_LISTED_FOR_SECONDS} s. Start again when all hosts see the same files there."
         )

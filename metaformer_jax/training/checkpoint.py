@@ -16,7 +16,7 @@ from metaformer_jax.training import settings
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.errors import first_line
 from metaformer_jax.weights.integrity import write_checksums
-from metaformer_jax.weights.workdir import ORBAX_STEP_FILES, newest_whole
+from metaformer_jax.weights.workdir import ORBAX_STEP_FILES, checkpoints_folder, newest_whole
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "metaformer-jax")
 
@@ -64,11 +64,11 @@ class Checkpoints:
     these. It gets its final name only when it is completely written.
 
     Args:
-        directory: of all checkpoints; created if it does not exist.
+        workdir: the run's folder; that of the checkpoints in it is created if it does not exist.
         keep: how many of the latest are kept, in addition to the best of those `evaluated`.
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep: int):
+    def __init__(self, workdir: pathlib.Path, *, keep: int):
         if keep < 1:
             raise ValueError(f"`checkpoint.keep` must be at least 1, got {keep}.")
         self._best = _Best()
@@ -76,7 +76,7 @@ class Checkpoints:
             [checkpoint_managers.LatestN(keep), self._best]
         )
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            checkpoints_folder(workdir).absolute(),
             item_handlers={
                 "state": _state_handler(),
                 "pending": ocp.JsonCheckpointHandler(),
@@ -212,11 +212,11 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     )
 
 
-def set_aside_damaged(directory: pathlib.Path) -> list[str]:
+def set_aside_damaged(workdir: pathlib.Path) -> list[str]:
     """Moves damaged checkpoints that are newer than the newest intact one out of the way.
 
     Args:
-        directory: of the checkpoints; damaged ones are moved to `damaged` beside it.
+        workdir: the run's folder; damaged checkpoints are moved to `damaged` in it.
 
     Returns:
         A sentence about each of them.
@@ -224,20 +224,20 @@ def set_aside_damaged(directory: pathlib.Path) -> list[str]:
     Raises:
         ValueError: no checkpoint is intact; nothing was moved.
     """
-    newest, damaged = newest_whole(directory)
+    newest, damaged = newest_whole(workdir)
     if damaged and newest is None:
         reasons = "\n".join(f"  {error}" for error in damaged.values())
         raise ValueError(
-            f"{directory} must hold a whole checkpoint, but none is:\n{reasons}\nBring one back "
-            "from a copy, or remove the folder to start anew."
+            f"{checkpoints_folder(workdir)} must hold a whole checkpoint, but none is:\n"
+            f"{reasons}\nBring one back from a copy, or remove the folder to start anew."
         )
     sentences = []
     for step, error in damaged.items():
-        place = directory.parent / "damaged" / str(step)
+        place = workdir / "damaged" / str(step)
         while place.exists():
             place = place.with_name(f"{place.name}+")
         place.parent.mkdir(exist_ok=True)
-        (directory / str(step)).rename(place)
+        (checkpoints_folder(workdir) / str(step)).rename(place)
         sentences.append(
             f"The checkpoint of step {step} is damaged and was moved to {place}; that of step "
             f"{newest} is used. {error}"

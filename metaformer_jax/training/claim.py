@@ -12,17 +12,12 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from metaformer_jax.training import settings
-from metaformer_jax.training.provenance import check_same_classes, class_changes
-from metaformer_jax.weights.errors import CheckpointError
-from metaformer_jax.weights.workdir import (
-    CLASS_NAMES,
-    CONFIG,
-    NUM_EXAMPLES,
-    read_config,
-    read_num_examples,
-    saved_steps,
+from metaformer_jax.training.provenance import (
+    all_changes,
+    check_same_classes,
+    check_same_config,
 )
+from metaformer_jax.weights.workdir import saved_steps
 
 try:
     import fcntl
@@ -66,11 +61,11 @@ def claimed_workdir(
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             # Without a checkpoint there is nothing to continue, by whatever config.
-            if saved_steps(workdir / "checkpoints"):
+            if saved_steps(workdir):
                 if accept_changes:
-                    changes = _accepted(workdir, config, class_names, num_examples)
+                    changes = all_changes(workdir, config, class_names, num_examples)
                 else:
-                    _check_same_config(workdir, config, num_examples)
+                    check_same_config(workdir, config, num_examples)
                     check_same_classes(workdir, class_names)
             if is_writer:
                 lock.enter_context(_locked(workdir))
@@ -81,24 +76,6 @@ def claimed_workdir(
                 f"{error.strerror}."
             ) from error
         yield changes
-
-
-def describe(
-    workdir: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    class_names: tuple[str, ...],
-    num_examples: dict[str, int],
-) -> None:
-    """Writes what later starts compare with: config, class names and numbers of examples.
-
-    To be called just before the first step, so that a failed start changes nothing.
-    """
-    contents = {CLASS_NAMES: class_names, NUM_EXAMPLES: num_examples}
-    for name, content in (contents | {CONFIG: settings.as_json(config)}).items():
-        path = workdir / name
-        part = path.with_suffix(".tmp")
-        part.write_text(json.dumps(content, indent=2) + "\n")
-        part.replace(path)
 
 
 @contextlib.contextmanager
@@ -157,49 +134,3 @@ def _described(content: bytes) -> str:
         return f"process {run['pid']} on {run['host']} trains in it since {run['since']}"
     except (ValueError, TypeError, KeyError):
         return "another process trains in it"
-
-
-def _check_same_config(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict, num_examples: dict[str, int]
-) -> None:
-    if changes := _config_changes(workdir, config) + _examples_changes(workdir, num_examples):
-        raise ValueError(
-            f"`workdir` must be new or made by the same config on the same data, but "
-            f"{str(workdir)!r} was made with other values:\n" + "\n".join(changes) + "\nUse "
-            "another --workdir, or continue this one with the new values by "
-            "--accept_config_changes."
-        )
-
-
-def _accepted(
-    workdir: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    class_names: tuple[str, ...],
-    num_examples: dict[str, int],
-) -> list[str]:
-    changes = []
-    for compare in (
-        lambda: _config_changes(workdir, config),
-        lambda: _examples_changes(workdir, num_examples),
-        lambda: class_changes(workdir, class_names),
-    ):
-        try:
-            changes += compare()
-        # A damaged file is written anew.
-        except CheckpointError as error:
-            changes.append(f"  {error}")
-    return changes
-
-
-def _config_changes(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:
-    theirs = read_config(workdir)
-    return settings.differences(theirs, settings.as_json(config)) if theirs else []
-
-
-def _examples_changes(workdir: pathlib.Path, num_examples: dict[str, int]) -> list[str]:
-    theirs = read_num_examples(workdir)
-    if not theirs:
-        return []
-    return settings.differences(
-        *({f"{split} examples": n for split, n in of.items()} for of in (theirs, num_examples))
-    )

@@ -15,8 +15,8 @@ import ml_collections
 from rich.console import Console
 
 from metaformer_jax.data.sources import Source
+from metaformer_jax.models.lowering.platform import compiled_for
 from metaformer_jax.models.stages import remat_here
-from metaformer_jax.models.target import compiled_for
 from metaformer_jax.training import compile_tables, devices, hlo, sharding
 from metaformer_jax.training.described import described_sources
 from metaformer_jax.training.memory import Memory, largest_that_fits, memory_of

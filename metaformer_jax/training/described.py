@@ -29,7 +29,7 @@ class DescribedSource:
 
 # Examples for training and for evaluation, and classes.
 _IMAGENET_1K = ("ImageNet-1K", 1_281_167, 50_000, 1000)
-# As in the publication (section 4.1); there is no evaluation set.
+# As in the publication (section 3); there is no evaluation set.
 _IMAGENET_21K = ("ImageNet-21K", 14_197_122, 50_000, 21841)
 
 

@@ -145,7 +145,7 @@ def evaluate(
         evaluation = evaluate_state(run, _state_of(run, variables), console=console)
         say(console, evaluation)
         return evaluation
-    if not saved_steps(workdir / "checkpoints"):
+    if not saved_steps(workdir):
         raise ValueError(
             f"`workdir` must hold a checkpoint, got {str(workdir)!r}. Train first, with "
             "--mode=train; or leave it out to evaluate config.model.pretrained."

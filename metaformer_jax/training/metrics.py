@@ -265,8 +265,9 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            assert isinstance(row["step"], int)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            if not isinstance(row["step"], int):
+                raise TypeError(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
             shown = line[:50].decode(errors="replace")
             raise ValueError(
                 f"Line {number} of {path} must be the JSON of a step, got {shown!r}. Mend the "

@@ -1,19 +1,92 @@
-"""Compares how a run's weights were trained with how they are to be used."""
+"""What a run keeps of its config and data, and how later starts and other uses compare with it."""
 
 import itertools
+import json
 import pathlib
 
 import ml_collections
 
 from metaformer_jax.models import MetaFormerSpec
 from metaformer_jax.training import settings
+from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.weights.errors import CheckpointError
-from metaformer_jax.weights.workdir import read_class_names, read_config, spec
+from metaformer_jax.weights.workdir import (
+    CLASS_NAMES,
+    CONFIG,
+    NUM_EXAMPLES,
+    read_class_names,
+    read_config,
+    read_num_examples,
+    read_spec,
+)
 
 _ARCHITECTURE = tuple(f"model.{field}" for field in ("name", "family", "depths", "dims"))
 # Weights depend on the normalisation of training; size, crop and filter may be changed.
 _NORMALISATION = ("data.mean", "data.std")
 _MAX_NAMED = 5
+
+
+def write_provenance(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    class_names: tuple[str, ...],
+    num_examples: dict[str, int],
+) -> None:
+    """Writes what later starts compare with: config, class names and numbers of examples.
+
+    To be called just before the first step, so that a failed start changes nothing. Of several
+    processes only the first one writes.
+    """
+    if not is_first_process():
+        return
+    contents = {
+        CONFIG: settings.as_json(config),
+        CLASS_NAMES: class_names,
+        NUM_EXAMPLES: num_examples,
+    }
+    for name, content in contents.items():
+        path = workdir / name
+        part = path.with_suffix(".tmp")
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.replace(path)
+
+
+def check_same_config(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, num_examples: dict[str, int]
+) -> None:
+    """Compares the config and the numbers of examples with those that the run kept.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if changes := _config_changes(workdir, config) + _examples_changes(workdir, num_examples):
+        raise ValueError(
+            f"`workdir` must be new or made by the same config on the same data, but "
+            f"{str(workdir)!r} was made with other values:\n" + "\n".join(changes) + "\nUse "
+            "another --workdir, or continue this one with the new values by "
+            "--accept_config_changes."
+        )
+
+
+def all_changes(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    class_names: tuple[str, ...],
+    num_examples: dict[str, int],
+) -> list[str]:
+    """A line for each value, and for the first classes, that differ from what the run kept."""
+    changes = []
+    for compare in (
+        lambda: _config_changes(workdir, config),
+        lambda: _examples_changes(workdir, num_examples),
+        lambda: _class_changes(workdir, class_names),
+    ):
+        try:
+            changes += compare()
+        # A damaged file is written anew.
+        except CheckpointError as error:
+            changes.append(f"  {error}")
+    return changes
 
 
 def check_same_network(
@@ -32,7 +105,7 @@ def check_same_network(
         CheckpointError: the run trained another network.
     """
     # One network may be given by its name, or by its family and size.
-    if spec(workdir) != mine:
+    if read_spec(workdir) != mine:
         _compare(workdir, config, _ARCHITECTURE, "network")
 
 
@@ -51,7 +124,7 @@ def check_same_classes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> N
     Raises:
         ValueError: they differ, so that a label would mean another class.
     """
-    if changes := class_changes(workdir, class_names):
+    if changes := _class_changes(workdir, class_names):
         raise ValueError(
             f"`data` must have the classes that the run in {str(workdir)!r} was trained on, got "
             "others:\n" + "\n".join(changes) + "\nBring them back. If these are other names of "
@@ -60,7 +133,7 @@ def check_same_classes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> N
         )
 
 
-def class_changes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> list[str]:
+def _class_changes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> list[str]:
     """A line for each of the first classes that differ from those that the run kept."""
     theirs = read_class_names(workdir)
     if theirs in (class_names, None):
@@ -69,6 +142,20 @@ def class_changes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> list[s
     changes = [f"  {label}: {old} -> {new}" for label, (old, new) in enumerate(pairs) if old != new]
     more = len(changes) - _MAX_NAMED
     return [*changes[:_MAX_NAMED], *([f"  and {more:,} more"] if more > 0 else [])]
+
+
+def _config_changes(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:
+    theirs = read_config(workdir)
+    return settings.differences(theirs, settings.as_json(config)) if theirs else []
+
+
+def _examples_changes(workdir: pathlib.Path, num_examples: dict[str, int]) -> list[str]:
+    theirs = read_num_examples(workdir)
+    if not theirs:
+        return []
+    return settings.differences(
+        *({f"{split} examples": n for split, n in of.items()} for of in (theirs, num_examples))
+    )
 
 
 def _compare(

@@ -1,6 +1,6 @@
 """The fields of a training config, and the published recipes as tables of differences.
 
-Sources: the publication (https://arxiv.org/abs/2210.13452), section 4 and its appendix; the
+Sources: the publication (https://arxiv.org/abs/2210.13452), section 3 and its appendix; the
 original code's scripts (https://github.com/sail-sg/metaformer, `scripts/`), with their mistakes
 corrected: `train_caformer_b36.sh` trains caformer_s36, `finetune_caformer_s36_384.sh` and
 `finetune_caformer_m36_384.sh` run caformer_s18_384.

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -20,7 +21,7 @@ from metaformer_jax.data.sources import Source, open_source
 from metaformer_jax.models.cores import num_cores
 from metaformer_jax.training import optim, settings, sharding
 from metaformer_jax.training.feeding import PlacedBatches
-from metaformer_jax.training.provenance import check_same_network
+from metaformer_jax.training.provenance import check_same_network, write_provenance
 from metaformer_jax.training.step import Average, Engine
 from metaformer_jax.weights import hub
 from metaformer_jax.weights.convert import Variables
@@ -128,6 +129,10 @@ class Run:
     def counts(self) -> models.Counts:
         """The model's parameters, and its multiply-adds per image."""
         return models.count(self.engine.model)
+
+    def write_provenance(self, workdir: pathlib.Path) -> None:
+        """See `provenance.write_provenance`."""
+        write_provenance(workdir, self.config, self.class_names, self.num_examples)
 
     def is_due(self, every_epochs: float, step: int) -> bool:
         """Whether something that is done every `every_epochs` epochs is due after this step."""

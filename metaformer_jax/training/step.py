@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from metaformer_jax.data.device import DeviceTransform, check_groups
 from metaformer_jax.data.mixing import Mixed
 from metaformer_jax.models import Frozen, ImageKeys, MetaFormer, compiler_options
-from metaformer_jax.models.target import compiled_for
+from metaformer_jax.models.lowering.platform import compiled_for
 from metaformer_jax.training import sharding
 
 Tree = dict[str, Any]

@@ -56,7 +56,7 @@ def read_checkpoint(
     if path.is_dir():
         if workdir.is_workdir(path):
             tensors, entry = workdir.read_workdir(path, entry=entry)
-            spec = workdir.spec(path)
+            spec = workdir.read_spec(path)
             called = (spec and published_architecture(spec)) or ""
             source = {"source_entry": entry}
         elif entry is not None:

@@ -18,24 +18,28 @@ CONFIG = "config.json"
 # Names of the classes, by label.
 CLASS_NAMES = "class_names.json"
 NUM_EXAMPLES = "num_examples.json"
-_CHECKPOINTS = "checkpoints"
 # What Orbax writes into the folder of a step when all else is there.
 ORBAX_STEP_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
-def saved_steps(checkpoints: pathlib.Path) -> list[int]:
-    """The steps of all checkpoints that were written to their end, newest first."""
+def checkpoints_folder(path: pathlib.Path) -> pathlib.Path:
+    """Where a run keeps its checkpoints, each in a folder named by its step."""
+    return path / "checkpoints"
+
+
+def saved_steps(path: pathlib.Path) -> list[int]:
+    """The steps of all of a run's checkpoints that were written to their end, newest first."""
     # While one is written its folder has a longer name.
-    steps = [int(folder.name) for folder in checkpoints.glob("*") if folder.name.isdecimal()]
-    return sorted(steps, reverse=True)
+    names = [folder.name for folder in checkpoints_folder(path).glob("*")]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def newest_whole(checkpoints: pathlib.Path) -> tuple[int | None, dict[int, CheckpointError]]:
-    """The step of the newest checkpoint with nothing missing or changed; what ails newer ones."""
+def newest_whole(path: pathlib.Path) -> tuple[int | None, dict[int, CheckpointError]]:
+    """The step of a run's newest checkpoint that is as it was written; what ails newer ones."""
     damaged = {}
-    for step in saved_steps(checkpoints):
+    for step in saved_steps(path):
         try:
-            verify_checkpoint(checkpoints / str(step))
+            verify_checkpoint(checkpoints_folder(path) / str(step))
         except CheckpointError as error:
             damaged[step] = error
         else:
@@ -56,7 +60,7 @@ def verify_checkpoint(folder: pathlib.Path) -> None:
 
 def is_workdir(path: pathlib.Path) -> bool:
     """Whether this is the folder of a training run that has saved something."""
-    return (path / _CHECKPOINTS).is_dir()
+    return checkpoints_folder(path).is_dir()
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -102,10 +106,11 @@ def _read_json(file: pathlib.Path, is_right: Callable[[Any], bool], remedy: str)
     """What the file holds; None where it is not there."""
     try:
         content = json.loads(file.read_bytes())
-        assert is_right(content)
+        if not is_right(content):
+            raise ValueError(content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AssertionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file} must be the JSON that a run wrote, got something else. Restore it, or "
             f"{remedy}."
@@ -113,7 +118,7 @@ def _read_json(file: pathlib.Path, is_right: Callable[[Any], bool], remedy: str)
     return content
 
 
-def model_name(path: pathlib.Path) -> str | None:
+def read_model_name(path: pathlib.Path) -> str | None:
     """The published name that the run trains; None for a network of its own.
 
     Raises:
@@ -122,7 +127,7 @@ def model_name(path: pathlib.Path) -> str | None:
     return read_config(path).get("model.name") or None
 
 
-def sizes(path: pathlib.Path) -> dict[str, int]:
+def read_sizes(path: pathlib.Path) -> dict[str, int]:
     """The `num_classes`, `in_channels` and `image_size` of what the run trains, as far as kept.
 
     Raises:
@@ -143,7 +148,7 @@ def sizes(path: pathlib.Path) -> dict[str, int]:
     return {key: value for key, value in kept.items() if value}
 
 
-def spec(path: pathlib.Path) -> MetaFormerSpec | None:
+def read_spec(path: pathlib.Path) -> MetaFormerSpec | None:
     """The network that the run trains, by its config; None if its family is not known here.
 
     Raises:
@@ -224,7 +229,7 @@ def newest_step(path: pathlib.Path) -> int:
     Raises:
         CheckpointError: there is none.
     """
-    steps = saved_steps(path / _CHECKPOINTS)
+    steps = saved_steps(path)
     if not steps:
         raise CheckpointError(
             f"`path` must be a run with a checkpoint, got {path}, which has none yet."
@@ -233,7 +238,7 @@ def newest_step(path: pathlib.Path) -> int:
 
 
 def _state(path: pathlib.Path, step: int) -> pathlib.Path:
-    return (path / _CHECKPOINTS / str(step) / "state").absolute()
+    return (checkpoints_folder(path) / str(step) / "state").absolute()
 
 
 def _verified_entries(state: pathlib.Path) -> list[str]:

@@ -130,7 +130,7 @@ def write_workdir(path):
         ema={},
         num_skipped=np.int32(0),
     )
-    with Checkpoints(path / "checkpoints", keep=1) as checkpoints:
+    with Checkpoints(path, keep=1) as checkpoints:
         checkpoints.save(jax.tree.map(jnp.asarray, state), [], recipes.digits())
 
 

@@ -91,14 +91,14 @@ def _die_after_the_commit(n):
 
 
 def _die_in_an_evaluation(n):
-    from metaformer_jax.training import evaluation, train
+    from metaformer_jax.training import evaluation, loop
 
     original, batch = evaluation.evaluate_state, _nth(n, _die)
 
     def evaluate_state(*args, is_stopped=lambda: False, **kwargs):
         return original(*args, is_stopped=lambda: bool(batch()) or is_stopped(), **kwargs)
 
-    train.evaluate_state = evaluation.evaluate_state = evaluate_state
+    loop.evaluate_state = evaluation.evaluate_state = evaluate_state
 
 
 def _die_in_a_line_of_the_metrics(n):

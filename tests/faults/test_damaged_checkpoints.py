@@ -89,7 +89,7 @@ def test_every_change_to_a_file_is_noticed(undisturbed, tmp_path):
         for damage in damages:
             shutil.copytree(original, checkpoints)
             damage(checkpoints / file.relative_to(original))
-            step, damaged = newest_whole(checkpoints)
+            step, damaged = newest_whole(tmp_path)
             shutil.rmtree(checkpoints)
             assert (step, list(damaged)) == (before, [newest]), (file, damage)
             assert str(checkpoints / str(newest)) in str(damaged[newest])

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.lanes import LANES, fill_lanes, images_along_lanes
+from metaformer_jax.models.lowering.lanes import LANES, fill_lanes, images_along_lanes
 
 # Pixels that are processed together where images lie along the lanes: of several rows if need be.
 _SIDE = 64

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.kernels import are_allowed
+from metaformer_jax.models.lowering.platform import kernels_are_allowed
 
 try:
     from jax.experimental.pallas import triton
@@ -28,7 +28,7 @@ def has_kernels(*arrays: Array) -> bool:
 
     Kernels are traced only if they might run: without a GPU they cost no tracing time.
     """
-    return are_allowed() and _is_compiled_here() and all(map(_is_supported, arrays))
+    return kernels_are_allowed() and _is_compiled_here() and all(map(_is_supported, arrays))
 
 
 def _is_supported(array: Any) -> bool:

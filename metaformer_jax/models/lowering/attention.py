@@ -11,13 +11,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from metaformer_jax.models import attention_mosaic
-from metaformer_jax.models.kept import PRODUCT
-from metaformer_jax.models.kernels import differentiated_as
-from metaformer_jax.models.lanes import images_along_lanes
-from metaformer_jax.models.promotion import wide_dtype
-from metaformer_jax.models.schedule import run_after
-from metaformer_jax.models.triton import has_kernels
+from metaformer_jax.models.lowering import attention_mosaic
+from metaformer_jax.models.lowering.lanes import images_along_lanes
+from metaformer_jax.models.lowering.platform import differentiated_as
+from metaformer_jax.models.lowering.promotion import wide_dtype
+from metaformer_jax.models.lowering.recomputation import PRODUCT, run_after
+from metaformer_jax.models.lowering.triton import has_kernels
 
 # From this number of pairs of tokens, over all heads and images, CPUs work on parts of a batch.
 _MANY_PAIRS = 2**20
@@ -25,8 +24,8 @@ _MOST_PARTS = 4
 
 
 def dot_product_attention(
-    query: Float[Array, "b t n d"], key: Float[Array, "b s n d"], value: Float[Array, "b s n d"]
-) -> Float[Array, "b t n d"]:
+    query: Float[Array, "b t k d"], key: Float[Array, "b s k d"], value: Float[Array, "b s k d"]
+) -> Float[Array, "b t k d"]:
     """`softmax(q k^T / sqrt(d)) v` for each head (equation 1 of https://arxiv.org/abs/1706.03762).
 
     The softmax, its sums and all accumulation are float32. Autodiff would keep float32 arrays for
@@ -54,7 +53,7 @@ def self_attention(packed: Float[Array, "b h w 3c"], num_heads: int) -> Float[Ar
     return mixed.reshape(b, h, w, channels // 3)
 
 
-def split_heads(packed: Float[Array, "b *n 3c"], num_heads: int) -> list[Float[Array, "b t n d"]]:
+def split_heads(packed: Float[Array, "b *n 3c"], num_heads: int) -> list[Float[Array, "b t k d"]]:
     """Queries, keys and values of all heads."""
     b, *sizes, channels = packed.shape
     # The last axis in thirds: with an axis of three, arrays would be transposed in memory.
@@ -150,12 +149,12 @@ _dot_product_attention.defvjp(_forward, _backward)
 
 
 def _attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """The exponentials `[b, n, t, s]`, their sums `[b, n, t, 1]` and the attention's output."""
+    """The exponentials `[b, k, t, s]`, their sums `[b, k, t, 1]` and the attention's output."""
     wide = wide_dtype(query.dtype)
-    scores = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=wide)
+    scores = jnp.einsum("btkd,bskd->bkts", query, key, preferred_element_type=wide)
     exponentials, totals = _exponentials(scores * query.shape[-1] ** -0.5)
     kept = exponentials.astype(value.dtype)
-    mixed = jnp.einsum("bnts,bsnd->btnd", kept, value, preferred_element_type=wide)
+    mixed = jnp.einsum("bkts,bskd->btkd", kept, value, preferred_element_type=wide)
     mixed = mixed / _swapped(totals)
     mixed = images_along_lanes(mixed.astype(value.dtype), major_to_minor=(1, 2, 3, 0))
     return kept, totals, mixed
@@ -172,19 +171,19 @@ def _gradients(
 ) -> tuple[Array, Array, Array]:
     wide = wide_dtype(query.dtype)
     shares = cotangent.astype(wide) / _swapped(totals)
-    value_gradient = jnp.einsum("bnts,btnd->bsnd", exponentials, shares.astype(value.dtype))
+    value_gradient = jnp.einsum("bkts,btkd->bskd", exponentials, shares.astype(value.dtype))
     # The softmax subtracts from each gradient its weighted mean, which is that of the output.
     mean = jnp.sum(shares * mixed.astype(wide), axis=-1, keepdims=True)
     # Not with `shares`: the compiler for TPUs would need twice as many cycles.
-    by_weight = jnp.einsum("btnd,bsnd->bnts", cotangent, value, preferred_element_type=wide)
-    by_score = exponentials.astype(wide) * (by_weight / totals - _swapped(mean))
-    by_score = (by_score * query.shape[-1] ** -0.5).astype(query.dtype)
-    query_gradient = jnp.einsum("bnts,bsnd->btnd", by_score, key)
-    key_gradient = jnp.einsum("bnts,btnd->bsnd", by_score, query)
+    weight_gradient = jnp.einsum("btkd,bskd->bkts", cotangent, value, preferred_element_type=wide)
+    score_gradient = exponentials.astype(wide) * (weight_gradient / totals - _swapped(mean))
+    score_gradient = (score_gradient * query.shape[-1] ** -0.5).astype(query.dtype)
+    query_gradient = jnp.einsum("bkts,bskd->btkd", score_gradient, key)
+    key_gradient = jnp.einsum("bkts,btkd->bskd", score_gradient, query)
     return query_gradient, key_gradient, value_gradient
 
 
-def _is_for_cudnn(query: Float[Array, "b t n d"]) -> bool:
+def _is_for_cudnn(query: Float[Array, "b t k d"]) -> bool:
     """Whether cuDNN's attention, which writes no weights to memory, has gradients for it."""
     _, t, _, d = query.shape
     is_shaped = t % 2 == 0 and d % 8 == 0 and d <= 128
@@ -203,9 +202,9 @@ def _attend_by_cudnn(query: Array, key: Array, value: Array) -> tuple[Array, Arr
         return jax.vjp(_cudnn_attention, query, key, value)[0]
 
     mixed = differentiated_as(lambda *arrays: _attend(*arrays)[2], kernel)(query, key, value)
-    b, t, n, _ = query.shape
-    totals = jnp.zeros((b, n, t, 1), wide_dtype(query.dtype))
-    return jnp.zeros((b, n, t, key.shape[1]), value.dtype), totals, mixed
+    b, t, k, _ = query.shape
+    totals = jnp.zeros((b, k, t, 1), wide_dtype(query.dtype))
+    return jnp.zeros((b, k, t, key.shape[1]), value.dtype), totals, mixed
 
 
 def _gradients_by_cudnn(
@@ -236,10 +235,10 @@ def _in_parts(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple
     """
 
     def run(query: Array, key: Array, *others: Array) -> tuple[Array, ...]:
-        (b, t, n, _), s = query.shape, key.shape[1]
+        (b, t, k, _), s = query.shape, key.shape[1]
         # Of an exported program any of these may be unknown.
-        is_known = all(isinstance(size, int) for size in (b, t, n, s))
-        if not is_known or b * n * t * s < _MANY_PAIRS:
+        is_known = all(isinstance(size, int) for size in (b, t, k, s))
+        if not is_known or b * k * t * s < _MANY_PAIRS:
             return function(query, key, *others)
         num_parts = math.gcd(b, _MOST_PARTS)
         parts = zip(*(jnp.split(x, num_parts) for x in (query, key, *others)), strict=True)
@@ -300,10 +299,10 @@ def _gradients_by_head(
         )
     )
     value_gradient = jnp.matmul(shares, exponentials)
-    by_score = jnp.matmul(scaled, value, preferred_element_type=mean.dtype)
-    by_score = (exponentials.astype(mean.dtype) * (by_score - mean)).astype(query.dtype)
-    query_gradient = jnp.matmul(by_score, key)
-    key_gradient = jnp.matmul(query, by_score)
+    score_gradient = jnp.matmul(scaled, value, preferred_element_type=mean.dtype)
+    score_gradient = (exponentials.astype(mean.dtype) * (score_gradient - mean)).astype(query.dtype)
+    query_gradient = jnp.matmul(score_gradient, key)
+    key_gradient = jnp.matmul(query, score_gradient)
     return (
         _swapped(query_gradient),
         key_gradient.transpose(0, 3, 1, 2),
@@ -312,15 +311,15 @@ def _gradients_by_head(
 
 
 def _exponentials(
-    scores: Float[Array, "b n t s"],
-) -> tuple[Float[Array, "b n t s"], Float[Array, "b n t 1"]]:
+    scores: Float[Array, "b k t s"],
+) -> tuple[Float[Array, "b k t s"], Float[Array, "b k t 1"]]:
     exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
     return exponentials, exponentials.sum(-1, keepdims=True)
 
 
-def _swapped(array: Float[Array, "b t n d"]) -> Float[Array, "b n t d"]:
+def _swapped(array: Float[Array, "b t k d"]) -> Float[Array, "b k t d"]:
     return array.transpose(0, 2, 1, 3)
 
 
-def _transposed(array: Float[Array, "b t n d"]) -> Float[Array, "b n d t"]:
+def _transposed(array: Float[Array, "b t k d"]) -> Float[Array, "b k d t"]:
     return array.transpose(0, 2, 3, 1)

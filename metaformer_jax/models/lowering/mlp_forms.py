@@ -1,4 +1,13 @@
-"""What the kernels of `mlp_mosaic` take: images in two forms, which they divide, and norms."""
+"""The two forms in which the kernels of `mlp_mosaic` take images, and how they divide them.
+
+`ChannelsAlongLanes` takes arrays `[b, h, w, c]`: the tokens of a row are a matrix `[t, c]`.
+`ImagesAlongLanes` takes arrays `[n, c, b]`: `n` pixels of 128 images are a matrix `[c, t]`.
+
+A *step* is what a kernel reads, computes and writes while the next one is read. Its *parts* are the
+matrices of tokens that it multiplies, one after the other; so many tokens are taken *at once*. A
+kernel is also given numbers *of images*, a row of them for each purpose: the factor of stochastic
+depth and, for norms over images, their means and inverse deviations.
+"""
 
 import dataclasses
 import functools
@@ -10,8 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.lanes import LANES, fill_lanes
-from metaformer_jax.models.mosaic import SUBLANES, block_spec, product
+from metaformer_jax.models.lowering.lanes import LANES, fill_lanes
+from metaformer_jax.models.lowering.mosaic import SUBLANES, block_spec, product
 
 # With fewer tokens of an image in a row XLA's own operations are estimated to be faster.
 _FEWEST_TOKENS = 128
@@ -38,8 +47,8 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Arrays `[b, h, w, c]` with the channels along the lanes: the tokens of a row are a matrix.
+class ChannelsAlongLanes:
+    """Arrays `[b, h, w, c]`, with the channels along the lanes of a TPU's vector unit.
 
     Attributes:
         shape: of the array; its rows fill tiles, or there is a single one.
@@ -48,7 +57,7 @@ class Rows:
 
     shape: tuple[int, int, int, int]
     num_hidden: int
-    # Those of a matrix of tokens.
+    # Of the matrix of a part.
     token_axis: ClassVar[int] = 0
     channel_axis: ClassVar[int] = 1
     # Cycles of a step of the kernels, beside those that the matrix units take, and how many times
@@ -58,7 +67,7 @@ class Rows:
     backward_cycles: ClassVar[tuple[int, float]] = (700, 5 * 1.15)
 
     @classmethod
-    def of(cls, shape: Sequence[int], num_hidden: int) -> "Rows | None":
+    def of(cls, shape: Sequence[int], num_hidden: int) -> "ChannelsAlongLanes | None":
         """The form of such images; None if it is not estimated to gain."""
         b, h, w, c = shape
         if w % SUBLANES or not _tokens_at_once(w):
@@ -91,7 +100,7 @@ class Rows:
 
     @property
     def num_tokens_of_step(self) -> int:
-        """With those that would fill the tiles."""
+        """Tokens of a step, rounded up to whole tiles."""
         _, num_rows, tokens, _ = self.step
         return num_rows * math.ceil(tokens / SUBLANES) * SUBLANES
 
@@ -115,7 +124,7 @@ class Rows:
         return cores, b // cores, h // num_rows, w // tokens
 
     def blocks(self, num_cores: int, of_images: Any) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-        """Of what is given of images, and of the array."""
+        """Block specs of the numbers of images, and of the array."""
         # Programs for other platforms do not wait for this import.
         from jax.experimental.pallas import tpu as mosaic
 
@@ -167,8 +176,8 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Turned:
-    """Arrays `[n, c, b]`, with the images along the lanes: `n` pixels of 128 images are matrices.
+class ImagesAlongLanes:
+    """Arrays `[n, c, b]`, with the images along the lanes: 128 of them fill these.
 
     Convolutions have images in this form if they fill the lanes (`lanes.fill_lanes`).
 
@@ -186,7 +195,7 @@ class Turned:
     backward_cycles: ClassVar[tuple[int, float]] = (700, 5 * 1.05)
 
     @classmethod
-    def of(cls, shape: Sequence[int], num_hidden: int) -> "Turned | None":
+    def of(cls, shape: Sequence[int], num_hidden: int) -> "ImagesAlongLanes | None":
         """The form of such images; None if it is not estimated to gain."""
         b, h, w, c = shape
         form = cls((h * w, c, b), num_hidden)
@@ -237,7 +246,7 @@ class Turned:
         return cores, b // LANES, num_steps // cores
 
     def blocks(self, num_cores: int, of_images: Any) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-        """Of what is given of images, and of the array."""
+        """Block specs of the numbers of images, and of the array."""
         steps_of_core = self.grid(num_cores)[2]
 
         def place(core: Any, images: Any, pixels: Any) -> tuple[Any, ...]:
@@ -285,7 +294,7 @@ class Turned:
         return product(weights[...], tokens, (axis, 0))
 
 
-Form = Rows | Turned
+Form = ChannelsAlongLanes | ImagesAlongLanes
 
 
 def num_bytes(form: Form) -> int:

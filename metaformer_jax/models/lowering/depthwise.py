@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from metaformer_jax.models import depthwise_banded, depthwise_triton
-from metaformer_jax.models.promotion import wide_dtype
+from metaformer_jax.models.lowering import depthwise_banded, depthwise_triton
+from metaformer_jax.models.lowering.promotion import wide_dtype
 
 # A cache line of a CPU, in float32 numbers.
 _CACHE_LINE = 16
@@ -44,7 +44,7 @@ def depthwise_conv2d(
         ValueError: the kernel has an even side or another number of channels than `x`.
     """
     _check_shapes(x, kernel)
-    return _depthwise_conv2d(depthwise_triton.has_kernel(x, kernel), x, kernel)
+    return _depthwise_conv2d(depthwise_triton.takes(x, kernel), x, kernel)
 
 
 def depthwise_conv2d_by_xla(

@@ -1,4 +1,4 @@
-"""What the custom kernels of all platforms have in common."""
+"""The platform that a program is traced for, and whether it may have custom kernels."""
 
 import contextlib
 from collections.abc import Callable
@@ -6,7 +6,21 @@ from typing import Any
 
 import jax
 
+_platform = jax.make_user_context("")
 _is_allowed = jax.make_user_context(True)
+
+
+def compiled_for(platform: str) -> contextlib.AbstractContextManager[None]:
+    """A context (`with`) in which models are traced in the form that is best for this platform.
+
+    Needed only to compile for other devices than the default ones of this process.
+    """
+    return _platform(platform)
+
+
+def is_for_tpus() -> bool:
+    """Whether the program being traced is meant for TPUs, as far as is known."""
+    return (_platform.value or jax.default_backend()) == "tpu"
 
 
 def without_kernels() -> contextlib.AbstractContextManager[None]:
@@ -18,7 +32,7 @@ def without_kernels() -> contextlib.AbstractContextManager[None]:
     return _is_allowed(False)
 
 
-def are_allowed() -> bool:
+def kernels_are_allowed() -> bool:
     """Whether what is being traced may have custom kernels."""
     return _is_allowed.value
 

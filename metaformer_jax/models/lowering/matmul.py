@@ -17,13 +17,13 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    return cotangent @ kernel.T, kernel_gradient(x, cotangent)
+    return cotangent @ kernel.T, sum_of_outer_products(x, cotangent)
 
 
 matmul.defvjp(_forward, _backward)
 
 
-def kernel_gradient(
+def sum_of_outer_products(
     x: Float[Array, "*b c"], cotangent: Float[Array, "*b d"]
 ) -> Float[Array, "c d"]:
     """The sum over all `b` of the outer products of `x` and `cotangent`."""

@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.kernels import differentiated_as
-from metaformer_jax.models.triton import (
+from metaformer_jax.models.lowering.platform import differentiated_as
+from metaformer_jax.models.lowering.triton import (
     THREADS,
     call,
     has_kernels,
@@ -42,7 +42,7 @@ _SQUARE_AND_UNPACK = (
 )
 
 
-def has_kernel(x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]) -> bool:
+def takes(x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]) -> bool:
     """Whether this GPU runs this convolution, and its gradients, with the kernels here."""
     return kernel.shape[0] * kernel.shape[1] <= _MOST_TAPS and has_kernels(x, kernel)
 

@@ -18,9 +18,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.lanes import LANES
-from metaformer_jax.models.mlp_forms import Form, Norm, Rows, Turned, num_bytes
-from metaformer_jax.models.mosaic import (
+from metaformer_jax.models.lowering.lanes import LANES
+from metaformer_jax.models.lowering.mlp_forms import (
+    ChannelsAlongLanes,
+    Form,
+    ImagesAlongLanes,
+    Norm,
+    num_bytes,
+)
+from metaformer_jax.models.lowering.mosaic import (
     block_spec,
     fits,
     num_cores_of_chip,
@@ -28,7 +34,7 @@ from metaformer_jax.models.mosaic import (
     takes,
     vector_memory,
 )
-from metaformer_jax.models.normalization import moments
+from metaformer_jax.models.lowering.normalization import moments
 
 # Of a core's vector memory, what the hidden layer takes at least for kernels to gain after a norm
 # over images. XLA's own operations keep a smaller one there, and such a norm costs them little. By
@@ -37,7 +43,7 @@ _LEAST_HIDDEN = 0.35
 
 
 def form_of(
-    x: Float[Array, "b h w c"], num_hidden: int, *, norm: Norm, may_turn: bool
+    x: Float[Array, "b h w c"], num_hidden: int, *, norm: Norm, takes_any_form: bool
 ) -> Form | None:
     """The form in which kernels take such an array, in a program that is meant for TPUs.
 
@@ -45,14 +51,16 @@ def form_of(
         x: the input.
         num_hidden: channels of the hidden layer.
         norm: of the input.
-        may_turn: whether images along the lanes are as good as channels for what comes before.
+        takes_any_form: whether what comes before can give images along the lanes as well.
     """
     if not takes(x):
         return None
     hidden = x.dtype.itemsize * x.size // x.shape[-1] * num_hidden
     if norm.is_over_images and hidden < _LEAST_HIDDEN * vector_memory():
         return None
-    form = (Turned.of(x.shape, num_hidden) if may_turn else None) or Rows.of(x.shape, num_hidden)
+    form = (
+        ImagesAlongLanes.of(x.shape, num_hidden) if takes_any_form else None
+    ) or ChannelsAlongLanes.of(x.shape, num_hidden)
     return form if form is not None and fits(num_bytes(form)) else None
 
 
@@ -135,7 +143,7 @@ def gradients(
         shape, block = form.image_sums(num_cores)
         out_shapes.append(jax.ShapeDtypeStruct(shape, jnp.float32))
         out_specs.append(block)
-    by_x, *totals = pl.pallas_call(
+    x_gradient, *totals = pl.pallas_call(
         functools.partial(_gradients, form, norm=norm),
         grid=grid,
         in_specs=[given, tokens, tokens, *map(_whole, (up, down, *of_shortcut))],
@@ -160,10 +168,17 @@ def gradients(
     )
     if norm.is_over_images:
         # Known when the kernel has seen the whole image.
-        by_x = _moved_back(form, x, by_x, of_images, form.image_means(totals.pop()))
-    by_up, by_down, *by_vectors = (total.sum(0) for total in totals)
-    by_offset, by_shortcut = (*(one.ravel() for one in by_vectors), None)[:2]
-    return by_x, jnp.zeros_like(keep), by_shortcut, by_up, by_down.T, by_offset
+        x_gradient = _moved_back(form, x, x_gradient, of_images, form.image_means(totals.pop()))
+    up_gradient, down_gradient, *vector_gradients = (total.sum(0) for total in totals)
+    offset_gradient, shortcut_gradient = (*(one.ravel() for one in vector_gradients), None)[:2]
+    return (
+        x_gradient,
+        jnp.zeros_like(keep),
+        shortcut_gradient,
+        up_gradient,
+        down_gradient.T,
+        offset_gradient,
+    )
 
 
 def _transform(
@@ -202,8 +217,8 @@ def _gradients(
     by_image = outputs.pop() if norm.is_over_images else None
     # With a shortcut comes one more sum.
     shortcut = outputs.pop(0) if len(outputs) == 6 else None
-    by_x, *totals = outputs
-    by_up, by_down, by_offset = totals[:3]
+    x_gradient, *totals = outputs
+    up_gradient, down_gradient, offset_gradient = totals[:3]
     # All axes of the grid but that of the cores.
     is_first = [pl.program_id(axis) == 0 for axis in range(1, len(form.grid(1)))]
     channels, over_tokens = form.channel_axis, (form.token_axis, form.token_axis)
@@ -223,29 +238,29 @@ def _gradients(
     normalize = _normalizing(form, of_images, norm)
     for part in form.parts:
         wide, given = form.read(x, part), form.read(cotangent, part)
-        by_branch = keep * given
+        branch_gradient = keep * given
         normalized, inverse = normalize(wide)
-        narrow, shares = normalized.astype(up.dtype), by_branch.astype(up.dtype)
+        narrow, shares = normalized.astype(up.dtype), branch_gradient.astype(up.dtype)
         positive = jnp.maximum(form.apply(up, narrow, 0), 0)
-        by_hidden = (form.apply(twice_down, shares, 1) * positive).astype(up.dtype)
-        by_normalized = form.apply(up, by_hidden, 1)
-        by_up[0] += product(narrow, by_hidden, over_tokens)
+        hidden_gradient = (form.apply(twice_down, shares, 1) * positive).astype(up.dtype)
+        normalized_gradient = form.apply(up, hidden_gradient, 1)
+        up_gradient[0] += product(narrow, hidden_gradient, over_tokens)
         # Transposed: of the two matrices, the one with fewer channels is turned for the product.
-        by_down[0] += product(shares, jnp.square(positive).astype(up.dtype), over_tokens)
-        by_offset[0] += by_branch.sum(form.token_axis, keepdims=True)
+        down_gradient[0] += product(shares, jnp.square(positive).astype(up.dtype), over_tokens)
+        offset_gradient[0] += branch_gradient.sum(form.token_axis, keepdims=True)
         if by_image is not None:
-            by_centred = by_normalized
-            by_image[0, :1] += form.sum_over_image(by_normalized)
-            by_image[0, 1:] += form.sum_over_image(by_normalized * normalized)
+            centred_gradient = normalized_gradient
+            by_image[0, :1] += form.sum_over_image(normalized_gradient)
+            by_image[0, 1:] += form.sum_over_image(normalized_gradient * normalized)
         else:
             # A shift or a scaling of all channels does not change what the norm returns.
-            moved = by_normalized.mean(channels, keepdims=True)
-            stretched = (by_normalized * normalized).mean(channels, keepdims=True)
-            by_centred = by_normalized - moved - normalized * stretched
+            moved = normalized_gradient.mean(channels, keepdims=True)
+            stretched = (normalized_gradient * normalized).mean(channels, keepdims=True)
+            centred_gradient = normalized_gradient - moved - normalized * stretched
         if shortcut is not None:
             totals[-1][0] += (given * wide).sum(form.token_axis, keepdims=True)
             given = given * shortcut[...]
-        form.write(by_x, part, inverse * by_centred + given)
+        form.write(x_gradient, part, inverse * centred_gradient + given)
 
 
 def _of_images(form: Form, x: Array, keep: Float[Array, " b"], norm: Norm) -> Float[Array, "k b"]:
@@ -261,12 +276,12 @@ def _of_images(form: Form, x: Array, keep: Float[Array, " b"], norm: Norm) -> Fl
     return jnp.concatenate([row[None] for row in rows])
 
 
-def _moved_back(form: Form, x: Array, by_x: Array, of_images: Array, means: Array) -> Array:
+def _moved_back(form: Form, x: Array, x_gradient: Array, of_images: Array, means: Array) -> Array:
     """The gradient by `x`, without what a shift or a scaling of a whole image would change."""
     mean, inverse, moved, stretched = map(form.along_images, (*of_images[1:], *means))
-    wide = by_x.astype(jnp.float32)
+    wide = x_gradient.astype(jnp.float32)
     normalized = (x.astype(jnp.float32) - mean) * inverse
-    return (wide - inverse * (moved + normalized * stretched)).astype(by_x.dtype)
+    return (wide - inverse * (moved + normalized * stretched)).astype(x_gradient.dtype)
 
 
 def _normalizing(form: Form, of_images: Any, norm: Norm) -> Callable[[Array], tuple[Array, Array]]:
@@ -285,7 +300,7 @@ def _normalizing(form: Form, of_images: Any, norm: Norm) -> Callable[[Array], tu
 
 
 def _vectors(form: Form, *vectors: Float[Array, " c"] | None) -> list[Array]:
-    """As matrices that are multiplied by those of tokens."""
+    """Vectors of channels as matrices, which broadcast over tokens."""
     return [jnp.expand_dims(one, form.token_axis) for one in vectors if one is not None]
 
 

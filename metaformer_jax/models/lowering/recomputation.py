@@ -1,8 +1,14 @@
-"""Delays recomputation to the backward pass."""
+"""What the backward pass may keep instead of computing it again, and when it computes."""
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+# Names for `jax.checkpoint` of what `models.stages.REMAT` may keep.
+# Of tensors that take a product of matrices, or a convolution, to compute again.
+PRODUCT = "product"
+# Of means and variances, two numbers for each token.
+STATISTICS = "statistics"
 
 
 def run_after(x: Float[Array, "*b c"], cotangent: Float[Array, "*d e"]) -> Float[Array, "*b c"]:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.lanes import LANES
-from metaformer_jax.models.mosaic import SUBLANES, block_spec, fits, product, takes
+from metaformer_jax.models.lowering.lanes import LANES
+from metaformer_jax.models.lowering.mosaic import SUBLANES, block_spec, fits, product, takes
 
 # With fewer tokens XLA's own operations are estimated to be as fast; more were not tried.
 _FEWEST_TOKENS, _MOST_TOKENS = 128, 784
@@ -196,26 +196,26 @@ def _gradients(packed: Any, mixed: Any, cotangent: Any, gradient: Any, num_heads
 
     def score(head: int, _: None) -> tuple[Array, Array]:
         scores = product(packed[key[head], :], packed[query[head], :], (0, 0))
-        by_weight = product(packed[value[head], :], cotangent[out[head], :], (0, 0))
-        return scores, by_weight
+        weight_gradient = product(packed[value[head], :], cotangent[out[head], :], (0, 0))
+        return scores, weight_gradient
 
     def multiply(head: int, products: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        scores, by_weight = products
+        scores, weight_gradient = products
         exponentials, totals = _exponentials(scores, scale)
         weights = exponentials / totals
         shares = cotangent[out[head], :]
         # The softmax subtracts from each gradient its weighted mean, which is that of the output.
         means = shares.astype(jnp.float32) * mixed[out[head], :].astype(jnp.float32)
-        by_score = weights * (by_weight - means.sum(0, keepdims=True)) * scale
-        by_score = by_score.astype(dtype)
+        score_gradient = weights * (weight_gradient - means.sum(0, keepdims=True)) * scale
+        score_gradient = score_gradient.astype(dtype)
         return (
-            product(packed[key[head], :], by_score, (1, 0)),
-            product(packed[query[head], :], by_score, (1, 1)),
+            product(packed[key[head], :], score_gradient, (1, 0)),
+            product(packed[query[head], :], score_gradient, (1, 1)),
             product(shares, weights.astype(dtype), (1, 1)),
         )
 
-    def write(head: int, by_input: tuple[Array, Array, Array]) -> None:
-        for place, total in zip((query[head], key[head], value[head]), by_input, strict=True):
+    def write(head: int, sums: tuple[Array, Array, Array]) -> None:
+        for place, total in zip((query[head], key[head], value[head]), sums, strict=True):
             gradient[place, :] = total.astype(dtype)
 
     _run_ahead(num_heads, _ahead(packed), score, multiply, write)

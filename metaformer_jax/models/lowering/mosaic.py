@@ -8,12 +8,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.kernels import are_allowed
-from metaformer_jax.models.target import is_for_tpus
+from metaformer_jax.models.lowering.platform import is_for_tpus, kernels_are_allowed
 
 # Rows of a tile of 16-bit numbers.
 SUBLANES = 16
-# Of a chip that is not known.
+# The smallest of any chip, in bytes, for one that is not known.
 _LEAST_VECTOR_MEMORY = 16 * 2**20
 # The matrix units of earlier chips take no bfloat16.
 _FIRST_GENERATION = 4
@@ -21,7 +20,7 @@ _FIRST_GENERATION = 4
 
 def takes(x: Any) -> bool:
     """Whether kernels may take such an array, in a program that is meant for TPUs."""
-    if not (are_allowed() and is_for_tpus() and x.dtype == jnp.bfloat16):
+    if not (kernels_are_allowed() and is_for_tpus() and x.dtype == jnp.bfloat16):
         return False
     if (chip := _chip()) is not None and chip.generation < _FIRST_GENERATION:
         return False
@@ -35,7 +34,7 @@ def fits(num_bytes: int) -> bool:
 
 
 def vector_memory() -> int:
-    """Of a core, in bytes."""
+    """Bytes of a core's vector memory; the smallest of any chip if it is not known."""
     chip = _chip()
     return _LEAST_VECTOR_MEMORY if chip is None else chip.vmem_capacity_bytes
 

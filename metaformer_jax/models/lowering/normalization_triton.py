@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.triton import (
+from metaformer_jax.models.lowering.triton import (
     THREADS,
     call,
     load,
@@ -78,8 +78,10 @@ def gradients(
         jax.ShapeDtypeStruct((blocks, c), jnp.float32),
     )
     given = (cotangent.reshape(flat.shape), beside.reshape(flat.shape))
-    by_x, by_scale = call(body, (blocks,), out, flat, scale, *given, interpret=interpret)
-    return by_x.reshape(x.shape), by_scale.sum(0).astype(scale.dtype)
+    x_gradient, scale_gradient = call(
+        body, (blocks,), out, flat, scale, *given, interpret=interpret
+    )
+    return x_gradient.reshape(x.shape), scale_gradient.sum(0).astype(scale.dtype)
 
 
 def _block(c: int) -> tuple[int, int]:
@@ -143,8 +145,8 @@ def _normalization_gradient_kernel(
     scale: Any,
     cotangent: Any,
     beside: Any,
-    by_x: Any,
-    by_scale: Any,
+    x_gradient: Any,
+    scale_gradient: Any,
     *,
     rows: int,
     channels: int,
@@ -171,11 +173,11 @@ def _normalization_gradient_kernel(
                 gradients, normalized, _load_row(beside, row, channels), strict=True
             )
         ]
-        _store_row(by_x, row, channels, results)
+        _store_row(x_gradient, row, channels, results)
         return [a + b * d for a, b, d in zip(totals, given, normalized, strict=True)]
 
     zeros = [jnp.zeros((rows, channels), jnp.float32)] * len(weights)
     totals = lax.fori_loop(0, parts, add_rows, zeros)
     for start, total in zip(range(0, c, channels), totals, strict=True):
         channel = start + jnp.arange(channels)
-        store(by_scale.at[block, channel], total.sum(0), channel < c)
+        store(scale_gradient.at[block, channel], total.sum(0), channel < c)

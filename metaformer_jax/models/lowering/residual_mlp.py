@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from metaformer_jax.models import mlp_mosaic
-from metaformer_jax.models.kernels import differentiated_as
-from metaformer_jax.models.mlp_forms import Form, Norm
+from metaformer_jax.models.lowering import mlp_mosaic
+from metaformer_jax.models.lowering.mlp_forms import Form, Norm
+from metaformer_jax.models.lowering.platform import differentiated_as
 
 
 def residual_mlp(
