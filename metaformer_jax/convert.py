@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from metaformer_jax import programs
+from metaformer_jax.paths import local_path
 
 if TYPE_CHECKING:
     from metaformer_jax.models import MetaFormer
@@ -75,7 +76,7 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from metaformer_jax.weights import files, write
 
-    args.input, args.output = files.local_path(args.input), [*map(files.local_path, args.output)]
+    args.input, args.output = local_path(args.input), [*map(local_path, args.output)]
     for path in args.output:
         if args.reverse and not write.is_file_name(path):
             parser.error(f"--reverse writes a file, .pth or .safetensors, not {path}")
@@ -95,7 +96,7 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> list["Record"]:
     """Reads, checks, converts and writes; nothing is written before all is checked."""
-    from metaformer_jax.weights import pretrained, read_record, verify, workdir, write
+    from metaformer_jax.weights import pretrained, read_record, timm_parity, workdir, write
     from metaformer_jax.weights.converted import is_portable_file
 
     name = args.model
@@ -127,12 +128,12 @@ def convert(args: argparse.Namespace) -> list["Record"]:
     _check_as_asked(model, asked)
     if args.verify:
         pretrained.fill(model, variables)
-        error = verify.relative_error_to_timm(args.input, model, name=name, entry=args.entry)
+        error = timm_parity.relative_error_to_timm(args.input, model, name=name, entry=args.entry)
         print(f"relative error to timm: {error:.1e}")
-        if not error <= verify.TOLERANCE:
+        if not error <= timm_parity.TOLERANCE:
             raise ValueError(
-                f"The relative error must be at most {verify.TOLERANCE}, got {error:.1e}. Nothing "
-                "was written."
+                f"The relative error must be at most {timm_parity.TOLERANCE}, got {error:.1e}. "
+                "Nothing was written."
             )
     return [
         write.write_variables(

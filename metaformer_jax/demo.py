@@ -121,7 +121,8 @@ def answer(
     import numpy as np
 
     from metaformer_jax.data.transforms import in_channels
-    from metaformer_jax.inference.drawing import Explanation, explanations_figure, to_array
+    from metaformer_jax.figures import to_array
+    from metaformer_jax.inference.drawing import Explanation, explanations_figure
     from metaformer_jax.inference.results import likeliest
 
     classifier = load(name, weights)

@@ -172,6 +172,7 @@ def main(argv: list[str]) -> None:
 
     from metaformer_jax.data.loader import DataError
     from metaformer_jax.models import without_kernels
+    from metaformer_jax.paths import cache_folder, local_path
     from metaformer_jax.training import distributed
     from metaformer_jax.training.agreement import DisagreementError
     from metaformer_jax.training.checkpoint import SaveError
@@ -179,8 +180,6 @@ def main(argv: list[str]) -> None:
     from metaformer_jax.training.failure import TrainingError
     from metaformer_jax.training.preemption import PreemptedError
     from metaformer_jax.weights import DownloadError
-    from metaformer_jax.weights.files import local_path
-    from metaformer_jax.weights.hub import cache_folder
 
     workdir = local_path(_WORKDIR.value) if _WORKDIR.value else None
     output = local_path(_OUTPUT.value) if _OUTPUT.value else None

@@ -131,7 +131,7 @@ def main(
 def _predict(args: argparse.Namespace) -> int:
     # What is mistyped shows before the seconds that a model takes.
     from metaformer_jax.inference.images import find_images
-    from metaformer_jax.weights.files import local_path
+    from metaformer_jax.paths import local_path
 
     paths, problems = find_images(args.images)
     if not paths:
@@ -180,7 +180,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _read_class_names(path: pathlib.Path) -> list[str]:
-    from metaformer_jax.weights.files import local_path
+    from metaformer_jax.paths import local_path
 
     try:
         # Not `splitlines`, which also takes other characters for the end of a line.

@@ -42,8 +42,8 @@ def _validate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from metaformer_jax import models
+    from metaformer_jax.paths import local_path
     from metaformer_jax.training import evaluation, recipes
-    from metaformer_jax.weights.files import local_path
 
     logging.set_verbosity(logging.WARNING)
     info = models.model_info(options.model)

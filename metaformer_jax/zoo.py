@@ -68,7 +68,7 @@ def _show(pattern: str | None, plot: pathlib.Path | None) -> None:
     from rich.table import Table
 
     from metaformer_jax import models
-    from metaformer_jax.weights.files import local_path
+    from metaformer_jax.paths import local_path
 
     names = models.list_models(pattern)
     if not names:
@@ -161,9 +161,8 @@ def _lines(counted: Mapping[str, "models.Counts"]) -> dict[tuple[str, str], list
     for name, counts in counted.items():
         info = model_info(name)
         if info.published_top1 is not None:
-            family, size = info.architecture.split("_")
-            tag = name.removeprefix(info.architecture).removeprefix("_")
-            lines.setdefault((family, tag), []).append((size, counts, info.published_top1))
+            member = info.size, counts, info.published_top1
+            lines.setdefault((info.family, info.tag), []).append(member)
     return lines
 
 

@@ -16,7 +16,7 @@ import torch
 from flax import nnx
 
 from metaformer_jax import create_model
-from metaformer_jax.weights import read_record, verify
+from metaformer_jax.weights import read_record, timm_parity
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.files import read_tensors, write_tensors
 
@@ -298,7 +298,7 @@ def test_verify_refuses_what_timm_answers_differently(run, files, tmp_path, monk
         fake = types.SimpleNamespace(
             create_model=lambda *args, factor=factor, **kwargs: StandIn(factor)
         )
-        monkeypatch.setattr(verify, "_import_timm", lambda fake=fake: (fake, None))
+        monkeypatch.setattr(timm_parity, "_import_timm", lambda fake=fake: (fake, None))
         result = run(files / "timm.pth", "--model", NAME, "--output", "out", "--verify")
         assert result[0] == code
         assert "relative error to timm: " in result[1]

@@ -15,6 +15,7 @@ from flax import nnx
 from huggingface_hub import constants, file_download
 
 from metaformer_jax import create_model
+from metaformer_jax.paths import cache_folder
 from metaformer_jax.weights import CheckpointError, DownloadError, hub, read_record
 from metaformer_jax.weights.convert import to_variables, variables_of
 from metaformer_jax.weights.files import write_tensors
@@ -72,7 +73,7 @@ def test_a_name_is_downloaded_and_converted_once(server, contents, name):
     assert_loads(name)
     assert {method for method, _, _ in server.requests} == {"HEAD", "GET"}
     assert {path for _, path, _ in server.requests} == {PATHS[name]}
-    record = read_record(hub.cache_folder() / f"{name}.safetensors")
+    record = read_record(cache_folder() / f"{name}.safetensors")
     assert record.model == name
     assert record.source_sha256 == hashlib.sha256(contents[name]).hexdigest()
     assert record.source_file == PATHS[name].replace("/resolve/main", "")[1:]
@@ -192,6 +193,6 @@ def test_a_cache_that_cannot_be_written_asks_nobody(server, monkeypatch, tmp_pat
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("METAFORMER_JAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert hub.cache_folder() == tmp_path / "metaformer_jax"
+    assert cache_folder() == tmp_path / "metaformer_jax"
     monkeypatch.setenv("METAFORMER_JAX_CACHE", str(tmp_path / "own"))
-    assert hub.cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"

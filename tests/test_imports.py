@@ -14,13 +14,15 @@ PACKAGE = pathlib.Path(metaformer_jax.__file__).parent
 PROGRAMS = {"__main__", "convert", "demo", "export", "main", "predict", "validate", "zoo"}
 MAY_IMPORT = {
     "models": {"models"},
-    "weights": {"weights", "models"},
-    "data": {"data", "programs"},
+    "weights": {"weights", "models", "paths"},
+    "data": {"data", "paths", "programs"},
     "explain": {"explain", "models"},
-    "inference": {"inference", "explain", "models", "weights", "data"},
-    "training": {"training", "models", "weights", "data", "exit_codes"},
+    "inference": {"inference", "explain", "models", "weights", "data", "figures", "paths"},
+    "training": {"training", "models", "weights", "data", "exit_codes", "figures", "paths"},
     "programs": {"exit_codes"},
     "exit_codes": set(),
+    "figures": set(),
+    "paths": set(),
     "__init__": {"models", "weights"},
 }
 MODELS_MAY_IMPORT = {"flax", "jax", "jaxtyping", "metaformer_jax", "numpy"}

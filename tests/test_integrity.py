@@ -3,7 +3,7 @@
 import pytest
 
 from metaformer_jax.weights.errors import CheckpointError
-from metaformer_jax.weights.integrity import CHECKSUMS_NAME, crc32c, verify, write_checksums
+from metaformer_jax.weights.integrity import CHECKSUMS_NAME, check_files, crc32c, write_checksums
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_a_checksum_is_the_one_of_the_standard(folder):
 def test_what_was_not_changed_passes(folder):
     (folder / "changing").write_bytes(b"2")
     (folder / "later").touch()
-    verify(folder)
+    check_files(folder)
 
 
 def test_every_single_flipped_bit_is_found_and_its_file_named(folder):
@@ -37,9 +37,9 @@ def test_every_single_flipped_bit_is_found_and_its_file_named(folder):
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         with pytest.raises(CheckpointError, match=r"deep/er/b must have the CRC-32C"):
-            verify(folder)
+            check_files(folder)
     path.write_bytes(content)
-    verify(folder)
+    check_files(folder)
 
 
 def test_every_flipped_bit_of_the_checksums_themselves_is_found(folder):
@@ -52,7 +52,7 @@ def test_every_flipped_bit_of_the_checksums_themselves_is_found(folder):
         # White space may stand for white space.
         if content[byte : byte + 1].strip():
             with pytest.raises(CheckpointError):
-                verify(folder)
+                check_files(folder)
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_every_flipped_bit_of_the_checksums_themselves_is_found(folder):
 def test_damage_is_named(folder, damage, message):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        verify(folder)
+        check_files(folder)

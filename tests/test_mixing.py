@@ -184,14 +184,6 @@ def test_erasing_puts_normal_noise_into_rectangles_of_some_images():
     np.testing.assert_array_equal(random_erasing(images, keys=keys, probability=0), images)
 
 
-def test_normalising_is_its_formula():
-    images, _ = batch(1, 2)
-    expected = (np.asarray(images) / 255 - 0.4) / 0.2
-    np.testing.assert_allclose(
-        normalize(images, mean=(0.4,), std=(0.2,)), expected, rtol=1e-5, atol=1e-6
-    )
-
-
 def test_of_mixed_groups_half_are_cut_however_many_are_mixed():
     mixed = mixed_pairs(0.8, 1.0, probability=0.5)
     is_mixed = mixed.weights < 1

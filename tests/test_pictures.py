@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from metaformer_jax.figures import to_array
 from metaformer_jax.training import pictures
 
 COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
@@ -18,7 +19,7 @@ def _middle_of(pixels, colour):
 def _drawn(images):
     names = [str(index) for index in range(len(images))]
     figure = pictures.batch_figure(images, np.eye(len(images)), names, title="these")
-    return pictures.to_array(figure)
+    return to_array(figure)
 
 
 def test_images_stand_side_by_side_and_then_below():
@@ -45,7 +46,7 @@ def test_captions_name_what_an_image_shows_and_no_more_than_fits():
 def test_any_name_is_written_as_it_is():
     names = ["$a_b_c$", "$5 and $10 bills", "caf\udce9"]
     figure = pictures.batch_figure(np.zeros((3, 4, 4, 1)), np.eye(3), names, title="three")
-    pictures.to_array(figure)
+    to_array(figure)
     captions = figure.axes[0].texts
     expected = ["$a_b_c$ 100%", "$5 and $10 bills 100%", "caf? 100%"]
     assert [text.get_text() for text in captions] == expected

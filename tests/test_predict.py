@@ -21,10 +21,10 @@ from metaformer_jax import predict
 from metaformer_jax.data.augment import EvalTransform
 from metaformer_jax.data.sources import Digits
 from metaformer_jax.data.transforms import BadImageError
+from metaformer_jax.figures import to_array
 from metaformer_jax.inference import find_images, load_classifier, read_image
 from metaformer_jax.inference.drawing import Explanation, explanations_figure
 from metaformer_jax.models import FAMILIES
-from metaformer_jax.training.pictures import to_array
 from metaformer_jax.weights import CheckpointError
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.pretrained import build_abstract

@@ -64,17 +64,13 @@ def assert_same(actual, expected):
         assert np.array_equal(actual[path], array), path
 
 
-def group(name):
-    return pytest.mark.xdist_group("common" if name.startswith("c") else "basic")
-
-
 @pytest.mark.parametrize(
     ("name", "layout", "suffix"),
     [
-        pytest.param("caformer_s18", "timm", ".safetensors", marks=group("caformer")),
-        pytest.param("poolformerv2_s12", "timm", ".pth", marks=group("poolformerv2")),
-        pytest.param("randformer_s12", "sail", ".pth", marks=group("randformer")),
-        pytest.param("identityformer_s12", "sail", ".safetensors", marks=group("identityformer")),
+        ("caformer_s18", "timm", ".safetensors"),
+        ("poolformerv2_s12", "timm", ".pth"),
+        ("randformer_s12", "sail", ".pth"),
+        ("identityformer_s12", "sail", ".safetensors"),
     ],
 )
 def test_a_loaded_model_gives_the_published_logits(name, layout, suffix, tmp_path):
@@ -85,7 +81,6 @@ def test_a_loaded_model_gives_the_published_logits(name, layout, suffix, tmp_pat
     assert reference.relative_error(logits, FORWARD[f"{name}@224/logits"]) <= 1e-4
 
 
-@pytest.mark.xdist_group("basic")
 def test_folder_portable_file_and_pytorch_files_hold_the_same_weights(tmp_path):
     name = "randformer_s12"
     file = write_checkpoint(tmp_path / "original.pth", name)

@@ -48,15 +48,16 @@ class DeviceTransform:
     erasing_probability: float = 0.0
 
     @property
-    def mixes(self) -> bool:
-        """Whether images are mixed."""
-        return max(self.mixup_alpha, self.cutmix_alpha) > 0 and self.mixing_probability > 0
+    def group_size(self) -> int:
+        """Images that share a draw: one where none are mixed."""
+        mixes = max(self.mixup_alpha, self.cutmix_alpha) > 0 and self.mixing_probability > 0
+        return self.mixing_group_size if mixes else 1
 
     def keys(self, key: Array, batch_size: int) -> tuple[Key[Array, " groups"], Key[Array, " b"]]:
         """The randomness of each mixing group and of each image, the same on any mesh."""
         mixing_key, erasing_key = jax.random.split(key)
-        num_groups = batch_size // (self.mixing_group_size if self.mixes else 1)
-        return jax.random.split(mixing_key, num_groups), jax.random.split(erasing_key, batch_size)
+        group_keys = jax.random.split(mixing_key, batch_size // self.group_size)
+        return group_keys, jax.random.split(erasing_key, batch_size)
 
     def mix(
         self,
@@ -65,8 +66,6 @@ class DeviceTransform:
         group_keys: Key[Array, " groups"],
     ) -> Mixed:
         """The batch, or a device's part of it, mixed group by group."""
-        if not self.mixes:
-            return Mixed(images, labels, labels, jnp.ones(labels.shape))
         return mix(
             images,
             labels,
@@ -86,7 +85,8 @@ class DeviceTransform:
         )
         targets = soft_targets(
             mixed.labels,
-            *((mixed.partner_labels, mixed.weights) if self.mixes else ()),
+            mixed.partner_labels,
+            mixed.weights,
             num_classes=self.num_classes,
             label_smoothing=self.label_smoothing,
         )

@@ -12,6 +12,7 @@ from PIL import Image
 
 from metaformer_jax.data.sources import Record, checked_index
 from metaformer_jax.data.transforms import readable_formats
+from metaformer_jax.paths import local_path
 
 # Directories read at a time. Each waits for the file system most of the time.
 _SCAN_THREADS = 16
@@ -41,7 +42,7 @@ class ImageFolder:
     def __init__(self, root: str | os.PathLike[str], split: str):
         if split not in ("train", "val", "test"):
             raise ValueError(f"`split` must be 'train' or 'val', got {split!r}.")
-        folders = _split_folders(pathlib.Path(os.path.expanduser(root)), split)
+        folders = _split_folders(local_path(root), split)
         self._folder = os.fspath(folders["train" if split == "train" else "val"])
         self.class_names = tuple(_class_folders(folders.get("train", folders["val"])))
         if split != "train" and "train" in folders:

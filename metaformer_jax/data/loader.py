@@ -23,8 +23,8 @@ _MAX_CHUNK = 16
 _MAX_NEIGHBOURS = 100
 _MAX_NAMED = 20
 
-TrainTransform = Callable[[bytes, np.random.Generator], UInt8[np.ndarray, "h w c"]]
-EvalTransform = Callable[[bytes], UInt8[np.ndarray, "h w c"]]
+TrainTransformFn = Callable[[bytes, np.random.Generator], UInt8[np.ndarray, "h w c"]]
+EvalTransformFn = Callable[[bytes], UInt8[np.ndarray, "h w c"]]
 
 
 class DataError(RuntimeError):
@@ -199,7 +199,7 @@ def check_few_bad(
 
 def training_batches(
     source: Source,
-    transform: TrainTransform,
+    transform: TrainTransformFn,
     *,
     share: Share,
     seed: int,
@@ -233,7 +233,7 @@ def training_batches(
 
 def evaluation_batches(
     source: Source,
-    transform: EvalTransform,
+    transform: EvalTransformFn,
     *,
     share: Share,
     workers: Workers | None = None,

@@ -8,9 +8,13 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 
 class Mixed(NamedTuple):
-    """A mixed batch: `weights` of each image is its own, the rest is its partner's.
+    """A mixed batch.
 
-    The class that the partner has stands in `partner_labels`.
+    Attributes:
+        images: blended or cut.
+        labels: of the images themselves.
+        partner_labels: of what is mixed into each.
+        weights: the share that an image has of itself; the rest is its partner's.
     """
 
     images: UInt8[Array, "b h w c"]
@@ -42,9 +46,8 @@ def mix(
         cutmix_alpha: likewise the part of the area that CutMix leaves; 0 leaves CutMix out.
         switch_probability: of CutMix, where both are there.
         probability: that a group is mixed at all.
-
     """
-    if mixup_alpha <= 0 and cutmix_alpha <= 0:
+    if max(mixup_alpha, cutmix_alpha) <= 0 or probability <= 0:
         return Mixed(images, labels, labels, jnp.ones(labels.shape))
     groups, partners = _in_pairs(images, len(keys))
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from metaformer_jax import programs
+from metaformer_jax.paths import local_path
 
 _PROG = "python -m metaformer_jax.data.prepare"
 
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
 
 def _prepare(args: argparse.Namespace) -> None:
     folder = run(args)
-    name = "/".join(folder.relative_to(args.output.expanduser().absolute()).parts[:-1])
+    name = "/".join(folder.relative_to(local_path(args.output).absolute()).parts[:-1])
     print(f"{folder}\nUse it with data.name={name} and data.root={args.output}")
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 
 from metaformer_jax.data.tfds_source import TfdsSource
+from metaformer_jax.paths import local_path
 
 NAME = "imagenet2012:5.1.0"
 # TFDS can also write parquet, but loses records there without a word.
@@ -81,9 +82,9 @@ def prepare_imagenet(
             f"`file_format` must be {' or '.join(FILE_FORMATS)}, got {file_format!r}. TFDS loses "
             "records when it writes others."
         )
-    tars = pathlib.Path(tars).expanduser().absolute()
+    tars = local_path(tars).absolute()
     check_archives(tars, md5=md5, any_size=any_size)
-    data_dir = pathlib.Path(data_dir).expanduser().absolute()
+    data_dir = local_path(data_dir).absolute()
     target = data_dir.joinpath(*NAME.split(":"))
     if target.exists():
         raise FileExistsError(

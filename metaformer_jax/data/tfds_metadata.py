@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 
 from metaformer_jax.data import storage
 from metaformer_jax.data.records import Shard
+from metaformer_jax.paths import local_path
 
 # Where both forms lie side by side, the first is read: it has its own index.
 FILE_FORMATS = ("array_record", "tfrecord")
@@ -69,7 +70,7 @@ def find_dataset(name: str, data_dir: str) -> str:
             f"'imagenet2012' or 'imagenet_resized/64x64:0.1.0', got {name!r}."
         )
     if not storage.is_remote(data_dir):
-        data_dir = os.path.abspath(os.path.expanduser(data_dir))
+        data_dir = os.path.abspath(local_path(data_dir))
     dataset = storage.join(data_dir, parsed["name"])
     config, wanted = parsed["config"], parsed["version"] or "*"
     if config is None and not _versions(dataset):

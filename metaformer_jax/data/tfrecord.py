@@ -22,6 +22,7 @@ import numpy as np
 from metaformer_jax.data import storage
 from metaformer_jax.data.records import Shard, ShardPositions, check_present, wrong_count
 from metaformer_jax.data.sources import BadRecordError
+from metaformer_jax.paths import cache_folder
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -95,11 +96,8 @@ def masked_crc32c(data: bytes) -> int:
 
 
 def default_index_folder() -> pathlib.Path:
-    """`index` in `$METAFORMER_JAX_CACHE`, or in the user's cache folder."""
-    if folder := os.environ.get("METAFORMER_JAX_CACHE"):
-        return pathlib.Path(folder).expanduser() / "index"
-    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(user).expanduser() / "metaformer_jax" / "index"
+    """`index` in `paths.cache_folder`."""
+    return cache_folder() / "index"
 
 
 def find_records(path: str, *, num_records: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from metaformer_jax.data import storage, tfds_metadata
 from metaformer_jax.data.records import Shard, check_count, check_present
 from metaformer_jax.data.tfrecord import read_records
+from metaformer_jax.paths import local_path
 
 _INFO = "dataset_info.json"
 # One record to a chunk, as random access wants it. Encoded images do not get any smaller.
@@ -48,12 +49,12 @@ def convert_dataset(
         ValueError: the source is no TFRecord data set, or its files are not whole.
         FileExistsError: the result is there already, or something else is.
     """
-    source = pathlib.Path(source).expanduser().absolute()
+    source = local_path(source).absolute()
     info = tfds_metadata.load_info(str(source))
     shards = _tfrecord_shards(info, source)
     num_bytes = sum(state.size for state in check_present([shard.path for shard in shards]))
     inner = (info.name, info.config_name or "", str(info.version))
-    target = pathlib.Path(data_dir).expanduser().absolute().joinpath(*inner)
+    target = local_path(data_dir).absolute().joinpath(*inner)
     _check_target(target, source, force=force)
     with _whole_folder(target) as partial, _progress(console, num_bytes) as advance:
         storage.in_threads(

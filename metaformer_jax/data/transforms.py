@@ -284,17 +284,15 @@ def color_jitter(
     brightness: float = 0.4,
     contrast: float = 0.4,
     saturation: float = 0.4,
-    hue: float = 0.0,
 ) -> Image.Image:
-    """Changes brightness, contrast, saturation and hue in random order.
+    """Changes brightness, contrast and saturation in random order.
 
     Args:
-        image: the image; a grey one keeps its hue and saturation.
+        image: the image; a grey one keeps its saturation.
         rng: randomness.
         brightness: its factor is drawn uniformly from [1 - brightness, 1 + brightness].
         contrast: likewise.
         saturation: likewise.
-        hue: its shift is drawn uniformly from [-hue, hue], in turns of the colour circle.
     """
     enhancers = [
         (ImageEnhance.Brightness, brightness),
@@ -308,8 +306,6 @@ def color_jitter(
         for enhancer, width in enhancers
         if width > 0
     ]
-    if hue > 0:
-        changes.append(functools.partial(_shift_hue, turns=rng.uniform(-hue, hue)))
     for index in rng.permutation(len(changes)):
         image = changes[index](image)
     return image
@@ -327,11 +323,3 @@ def three_augment(image: Image.Image, *, rng: np.random.Generator) -> Image.Imag
 
 def _enhance(image: Image.Image, *, enhancer: Any, factor: float) -> Image.Image:
     return enhancer(image).enhance(factor)
-
-
-def _shift_hue(image: Image.Image, *, turns: float) -> Image.Image:
-    if image.mode == "L":
-        return image
-    hue, saturation, value = image.convert("HSV").split()
-    shifted = np.asarray(hue) + np.uint8(round(turns * 255) % 256)
-    return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")

@@ -21,9 +21,9 @@ from metaformer_jax.models import MetaFormer, MetaFormerSpec, model_info
 from metaformer_jax.models.arguments import at_least
 from metaformer_jax.models.cores import InParts
 from metaformer_jax.models.jit import keeps_images_apart
+from metaformer_jax.paths import local_path
 from metaformer_jax.weights import CheckpointError, hub
 from metaformer_jax.weights.convert import to_variables
-from metaformer_jax.weights.files import local_path
 from metaformer_jax.weights.pretrained import fill
 from metaformer_jax.weights.read import read_checkpoint
 from metaformer_jax.weights.recognition import recognise

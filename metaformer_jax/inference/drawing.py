@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int, UInt8
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from metaformer_jax import explain
+from metaformer_jax.figures import save_png
 from metaformer_jax.inference.batches import Classified
 from metaformer_jax.inference.classifier import Classifier
 from metaformer_jax.models import compiler_options
@@ -137,15 +137,3 @@ def title_of(path: str, name: str, probability: float) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _NAME_LENGTH else text[: _NAME_LENGTH - 1] + "…"
-
-
-def to_array(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
-    """The figure's pixels."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def save_png(figure: Figure, path: pathlib.Path) -> None:
-    """Writes the figure as a PNG."""
-    FigureCanvasAgg(figure).print_png(str(path))

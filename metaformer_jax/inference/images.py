@@ -13,8 +13,8 @@ from PIL import Image
 from metaformer_jax.data.augment import EvalTransform
 from metaformer_jax.data.folder import readable_extensions
 from metaformer_jax.data.transforms import BadImageError, in_channels
+from metaformer_jax.paths import local_path
 from metaformer_jax.weights.errors import first_line
-from metaformer_jax.weights.files import local_path
 
 # What a decoded or resized picture may have, so that no file takes more than about half a
 # gigabyte: Pillow's own limit.

@@ -7,9 +7,11 @@ from metaformer_jax.models.jit import compiler_options, jit_inference
 from metaformer_jax.models.layers import (
     Dropout,
     Frozen,
+    HeadFn,
     ImageKeys,
     LinearHead,
     MlpHead,
+    NormFn,
     StarReLU,
     image_layer_norm,
     layer_norm,
@@ -26,6 +28,7 @@ from metaformer_jax.models.mixers import (
 )
 from metaformer_jax.models.variants import (
     FAMILIES,
+    Family,
     ModelInfo,
     create_model,
     is_published,
@@ -40,7 +43,9 @@ __all__ = [
     "ConvGeometry",
     "Counts",
     "Dropout",
+    "Family",
     "Frozen",
+    "HeadFn",
     "IdentityMixing",
     "ImageKeys",
     "LinearHead",
@@ -49,6 +54,7 @@ __all__ = [
     "MetaFormerSpec",
     "MlpHead",
     "ModelInfo",
+    "NormFn",
     "Pooling",
     "RandomMixing",
     "SepConv",

@@ -17,7 +17,20 @@ _TAKE_ANY_ROWS = (Attention, IdentityMixing)
 
 
 class MetaFormerBlock(nnx.Module):
-    """Two residual branches, token mixer and MLP, each with a norm and stochastic depth."""
+    """Two residual branches, token mixer and MLP, each with a norm and stochastic depth.
+
+    Args:
+        dim: channels.
+        token_mixer: builds the mixer.
+        norm: builds the two norms.
+        resolution: (height, width) in tokens, for mixers that depend on it.
+        mlp_ratio: hidden channels of the MLP, per channel.
+        drop_path_rate: the probability that a branch is dropped for an image in training.
+        res_scale_init: initial factors of the shortcuts, one per channel (ResScale,
+            https://arxiv.org/abs/2110.09456); None for plain shortcuts.
+        dtype: compute dtype.
+        rngs: with a stream `params`, and `dropout` where branches are dropped.
+    """
 
     def __init__(
         self,

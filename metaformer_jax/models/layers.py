@@ -75,7 +75,16 @@ def layer_norm(
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
 ) -> LayerNorm:
-    """Layer normalisation over the channels; statistics and affine part stay float32."""
+    """Layer normalisation, by default over the channels; statistics and affine part are float32.
+
+    Args:
+        dim: channels.
+        axes: over which mean and variance are taken.
+        use_bias: whether a bias is added after the scale.
+        epsilon: added to the variance.
+        dtype: of the result.
+        rngs: Flax asks for it.
+    """
     return LayerNorm(
         dim,
         epsilon=epsilon,
@@ -275,7 +284,14 @@ class Downsampling(nnx.Module):
 
 
 class LinearHead(nnx.Module):
-    """Dropout and one linear layer, in float32."""
+    """Dropout and one linear layer, in float32.
+
+    Args:
+        dim: features.
+        num_classes: logits.
+        dropout: rate, before the layer.
+        rngs: with a stream `params`, and `dropout` where there is dropout.
+    """
 
     def __init__(self, dim: int, num_classes: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
         self.dropout = nnx.data(Dropout(dropout, rngs=rngs) if dropout else None)
@@ -290,7 +306,18 @@ class LinearHead(nnx.Module):
 
 
 class MlpHead(nnx.Module):
-    """Linear, squared ReLU, layer norm, dropout and linear, in float32 (ConvFormer, CAFormer)."""
+    """Linear, squared ReLU, layer norm, dropout and linear, in float32 (ConvFormer, CAFormer).
+
+    Args:
+        dim: features.
+        num_classes: logits.
+        expansion_ratio: hidden features, per feature.
+        dropout: rate, before the last layer.
+        rngs: with a stream `params`, and `dropout` where there is dropout.
+
+    Raises:
+        ValueError: `expansion_ratio` leaves no hidden feature.
+    """
 
     def __init__(
         self,

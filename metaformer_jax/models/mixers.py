@@ -36,7 +36,7 @@ class TokenMixerFn(Protocol):
 
 
 class IdentityMixing(nnx.Module):
-    """Mixes nothing (IdentityFormer)."""
+    """Mixes nothing (IdentityFormer). All arguments are those of any mixer, and do not matter."""
 
     def __init__(
         self,
@@ -56,6 +56,12 @@ class RandomMixing(nnx.Module):
     """Mixes all tokens by one random matrix that is never trained (RandFormer).
 
     Each row is the softmax of uniform random numbers. The matrix fits one number of tokens only.
+
+    Args:
+        dim: channels, which do not matter.
+        resolution: (height, width) in tokens of all inputs; others raise a ValueError.
+        dtype: compute dtype.
+        rngs: with a stream `params`.
     """
 
     def __init__(
@@ -86,7 +92,19 @@ class RandomMixing(nnx.Module):
 
 
 class Pooling(nnx.Module):
-    """Local average minus the input (PoolFormer, https://arxiv.org/abs/2111.11418)."""
+    """Local average minus the input (PoolFormer, https://arxiv.org/abs/2111.11418).
+
+    Args:
+        dim: channels, which do not matter.
+        pool_size: side of the window in tokens, at stride 1. An even window has one token more
+            below and to the right. Tokens outside the image do not count.
+        resolution: does not matter.
+        dtype: does not matter: averages are float32, the result has the dtype of the input.
+        rngs: not used.
+
+    Raises:
+        ValueError: `pool_size` is no whole number from 1 on.
+    """
 
     def __init__(
         self,
@@ -107,7 +125,21 @@ class Pooling(nnx.Module):
 
 
 class SepConv(nnx.Module):
-    """MobileNetV2's inverted separable convolution (ConvFormer; https://arxiv.org/abs/1801.04381)."""
+    """MobileNetV2's inverted separable convolution (ConvFormer; https://arxiv.org/abs/1801.04381).
+
+    A linear layer, a StarReLU, a depthwise convolution and a second linear layer, without biases.
+
+    Args:
+        dim: channels.
+        expansion_ratio: channels between the linear layers, per channel.
+        kernel_size: side of the depthwise filters in tokens; odd.
+        resolution: does not matter.
+        dtype: compute dtype.
+        rngs: with a stream `params`.
+
+    Raises:
+        ValueError: `expansion_ratio` leaves no channel, or `kernel_size` is not odd.
+    """
 
     def __init__(
         self,
@@ -174,7 +206,18 @@ class DepthwiseConv(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over all tokens, without biases (CAFormer; https://arxiv.org/abs/1706.03762)."""
+    """Multi-head self-attention over all tokens, without biases (CAFormer; https://arxiv.org/abs/1706.03762).
+
+    Args:
+        dim: channels.
+        head_dim: channels of a head. There are `dim // head_dim` heads, but at least one.
+        resolution: does not matter.
+        dtype: compute dtype; the softmax is float32.
+        rngs: with a stream `params`.
+
+    Raises:
+        ValueError: `head_dim` is no whole number from 1 on.
+    """
 
     def __init__(
         self,

@@ -170,9 +170,10 @@ class ModelInfo:
     """What was published about one model name.
 
     Attributes:
-        name: the published name.
-        architecture: family and size, such as "caformer_s18". Models with the same architecture
-            differ only in weights, resolution and classes.
+        name: the published name, of family, size and tag.
+        family: one of `FAMILIES`.
+        size: one of the family's sizes, such as "s18".
+        tag: one of `TAGS`, such as "384_in21ft1k"; empty for ImageNet-1K at 224 pixels.
         image_size: height and width in pixels.
         num_classes: classes of the head.
         crop_pct: fraction of the resized image's short side that the evaluation crop takes.
@@ -187,7 +188,9 @@ class ModelInfo:
     """
 
     name: str
-    architecture: str
+    family: str
+    size: str
+    tag: str
     image_size: int
     num_classes: int
     crop_pct: float = 1.0
@@ -199,6 +202,11 @@ class ModelInfo:
     published_frozen_params_millions: float | None = None
     published_gmacs: float | None = None
     url: str
+
+    @property
+    def architecture(self) -> str:
+        """Family and size; models of one differ in weights, pixels and classes only."""
+        return f"{self.family}_{self.size}"
 
 
 def _published_models() -> dict[str, ModelInfo]:
@@ -223,7 +231,9 @@ def _published_models() -> dict[str, ModelInfo]:
                     }
                 models[name] = ModelInfo(
                     name=name,
-                    architecture=architecture,
+                    family=family,
+                    size=size,
+                    tag=tag,
                     image_size=setting.image_size,
                     num_classes=setting.num_classes,
                     url=f"https://huggingface.co/sail/dl/resolve/main/{family}/{name}.pth",
@@ -284,8 +294,9 @@ def model_spec(name: str) -> MetaFormerSpec:
     Raises:
         ValueError: no published model has this name.
     """
-    family, size = model_info(name).architecture.split("_")
-    return FAMILIES[family].spec(**dataclasses.asdict(FAMILIES[family].sizes[size]))
+    info = model_info(name)
+    family = FAMILIES[info.family]
+    return family.spec(**dataclasses.asdict(family.sizes[info.size]))
 
 
 def create_model(

@@ -9,7 +9,7 @@ import filelock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from metaformer_jax.weights.hub import cache_folder
+from metaformer_jax.paths import cache_folder
 
 # The least recently used are deleted beyond this.
 _MAX_BYTES = 4 * 2**30

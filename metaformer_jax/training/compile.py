@@ -315,8 +315,7 @@ def _largest(
 ) -> int | None:
     """The most images per device that fit, by a few compilations; `compiled` counts as one."""
     config = compiled.run.config
-    group = config.mixing.group_size if compiled.run.mixes else 1
-    unit = math.lcm(_STEP * config.accumulation_steps, group)
+    unit = math.lcm(_STEP * config.accumulation_steps, compiled.run.group_size)
     own = config.batch_size // compiled.run.engine.mesh.size
 
     @functools.cache

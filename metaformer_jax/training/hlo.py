@@ -1,6 +1,5 @@
 """Reads communication and the compiler's estimate of cycles from a compiled program's text."""
 
-import collections
 import dataclasses
 import math
 import re
@@ -62,14 +61,12 @@ class Program:
             bring along, counted as often as their loops run; None if the compiler gives no
             estimates, like those for CPUs and GPUs.
         kernel_cycles: those of the kernels.
-        cycles_by_op: the same by the origin in the traced program.
         collectives: the communication between devices.
         num_unknown_loops: loops with an unknown number of iterations, which count as one.
     """
 
     cycles: int | None
     kernel_cycles: int
-    cycles_by_op: dict[str, int]
     collectives: tuple[Collective, ...]
     num_unknown_loops: int
 
@@ -102,7 +99,7 @@ def read_program(text: str, *, num_devices: int = 1) -> Program:
         ValueError: it is not the text of an HLO module.
     """
     computations, entry = _computations(text)
-    cycles_by_op: collections.Counter[str] = collections.Counter()
+    all_cycles: list[int] = []
     collectives: list[Collective] = []
     unknown: set[str] = set()
     kernel_cycles = 0
@@ -113,7 +110,7 @@ def read_program(text: str, *, num_devices: int = 1) -> Program:
         num_bytes = {one.name: _num_bytes(one.shape) for one in instructions}
         for one in instructions:
             if cycles := _own_cycles(one):
-                cycles_by_op[_op_name(one)] += cycles * times
+                all_cycles.append(cycles * times)
                 kernel_cycles += cycles * times if one.opcode == "custom-call" else 0
             if (collective := _collective(one, num_bytes, num_devices, times)) is not None:
                 collectives.append(collective)
@@ -137,9 +134,8 @@ def read_program(text: str, *, num_devices: int = 1) -> Program:
 
     run(entry, 1)
     return Program(
-        cycles=sum(cycles_by_op.values()) if cycles_by_op else None,
+        cycles=sum(all_cycles) if all_cycles else None,
         kernel_cycles=kernel_cycles,
-        cycles_by_op=dict(cycles_by_op.most_common()),
         collectives=tuple(collectives),
         num_unknown_loops=len(unknown),
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 from rich.console import Console
 
+from metaformer_jax.figures import to_array
 from metaformer_jax.training import settings
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.distributed import is_first_process
@@ -20,7 +21,6 @@ from metaformer_jax.training.metrics import (
     read_accuracies,
     read_metrics,
 )
-from metaformer_jax.training.pictures import to_array
 from metaformer_jax.training.preemption import PreemptedError, Preemption
 from metaformer_jax.training.preview import draw_inputs
 from metaformer_jax.training.progress import TrainingProgress, describe_run, elapsing, say

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from metaformer_jax.figures import save_png
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -36,7 +38,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         axes.grid(alpha=0.3)
         if len(curves) > 1:
             axes.legend()
-    save(figure, path)
+    save_png(figure, path)
 
 
 def _curves_of(name: str) -> dict[str, str]:
@@ -62,7 +64,7 @@ def draw_misclassified(
         ],
         title=title,
     )
-    save(figure, path)
+    save_png(figure, path)
 
 
 def batch_figure(
@@ -146,19 +148,3 @@ def _image_grid(
     # Showing an image moves the limits to it.
     axes.set(xlim=(0, grid_width), ylim=(0, grid_height))
     return figure
-
-
-def to_array(figure: "Figure") -> UInt8[np.ndarray, "h w 3"]:
-    """The figure's pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def save(figure: "Figure", path: pathlib.Path) -> None:
-    """Writes the figure as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).print_png(str(path))

@@ -9,8 +9,9 @@ import ml_collections
 import numpy as np
 from rich.console import Console
 
+from metaformer_jax.figures import save_png
 from metaformer_jax.training.distributed import is_first_process
-from metaformer_jax.training.pictures import batch_figure, save
+from metaformer_jax.training.pictures import batch_figure
 from metaformer_jax.training.progress import say
 from metaformer_jax.training.run import Run
 from metaformer_jax.weights.outputs import check_can_be_written
@@ -40,7 +41,7 @@ def preview(
         # All processes take part, because the devices of all mix the batch.
         figure = draw_inputs(run, next(batches), 0)
     if is_first_process():
-        save(figure, output)
+        save_png(figure, output)
     say(console, f"the first training batch: {output}")
 
 

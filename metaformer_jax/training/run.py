@@ -19,6 +19,7 @@ from metaformer_jax.data.device import DeviceTransform, check_groups
 from metaformer_jax.data.randaugment import RandAugmentPolicy, parse_policy
 from metaformer_jax.data.sources import Source, open_source
 from metaformer_jax.models.cores import num_cores
+from metaformer_jax.paths import local_path
 from metaformer_jax.training import optim, settings, sharding
 from metaformer_jax.training.feeding import PlacedBatches
 from metaformer_jax.training.provenance import check_same_network, write_provenance
@@ -26,7 +27,6 @@ from metaformer_jax.training.step import Average, Engine
 from metaformer_jax.weights import hub
 from metaformer_jax.weights.convert import Variables
 from metaformer_jax.weights.errors import CheckpointError
-from metaformer_jax.weights.files import local_path
 from metaformer_jax.weights.pretrained import fitted_variables
 from metaformer_jax.weights.workdir import is_workdir
 
@@ -77,11 +77,11 @@ class Run:
         self.workers = _workers(data)
         mesh = sharding.create_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
         device_transform = _device_transform(config, len(self.class_names))
-        self.mixes = device_transform.mixes
+        self.group_size = device_transform.group_size
         self.steps_per_epoch = 1.0
         if trains:
             num_examples = self.num_examples["training"] = len(self.train_source)
-            _check_batch(config, num_examples, mesh.size, mixes=self.mixes)
+            _check_batch(config, num_examples, mesh.size, group_size=self.group_size)
             self.steps_per_epoch = num_examples / config.batch_size
         epochs = config.epochs + config.cooldown_epochs
         self.total_steps = max(1, round(epochs * self.steps_per_epoch))
@@ -261,7 +261,7 @@ def _host_transforms(
 
 
 def _check_batch(
-    config: ml_collections.ConfigDict, num_examples: int, num_devices: int, *, mixes: bool
+    config: ml_collections.ConfigDict, num_examples: int, num_devices: int, *, group_size: int
 ) -> None:
     if config.batch_size > num_examples:
         raise ValueError(
@@ -275,8 +275,7 @@ def _check_batch(
             f"{config.accumulation_steps} accumulation steps, got {config.batch_size}. Use "
             f"{math.ceil(config.batch_size / parts) * parts}."
         )
-    if mixes:
-        check_groups(config.batch_size, num_devices, config.mixing.group_size)
+    check_groups(config.batch_size, num_devices, group_size)
 
 
 def _workers(data: ml_collections.ConfigDict) -> loader.Workers:

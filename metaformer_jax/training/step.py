@@ -196,8 +196,7 @@ class Engine:
         # Whatever JAX's default is: RBG's keys do not draw apart under `jax.vmap`.
         seed = jax.random.key(self._seed, impl="threefry2x32")
         transform_key, dropout_key = jax.random.split(jax.random.fold_in(seed, step))
-        group_size = self._transform.mixing_group_size if self._transform.mixes else 1
-        check_groups(batch_size, self.mesh.size, group_size)
+        check_groups(batch_size, self.mesh.size, self._transform.group_size)
         group_keys, image_keys = self._transform.keys(transform_key, batch_size)
         return group_keys, image_keys, jax.random.split(dropout_key, batch_size)
 

@@ -137,7 +137,7 @@ def check_layout_has(layout: str, name: str) -> None:
     Raises:
         ValueError: the layout is timm's, and the family is one that timm does not have.
     """
-    family = model_info(name).architecture.partition("_")[0]
+    family = model_info(name).family
     if layout == "timm" and family not in TIMM_FAMILIES:
         raise ValueError(
             f"`layout` must be sail or flax for {name}, got 'timm'. timm has no model of the "

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from metaformer_jax.models import Frozen, MetaFormer
+from metaformer_jax.paths import local_path
 from metaformer_jax.weights.convert import Variables, variables_of
 from metaformer_jax.weights.errors import CheckpointError, first_line
 from metaformer_jax.weights.files import (
     OWN_KEY,
     SAFETENSORS,
     TORCH_SUFFIXES,
-    local_path,
     read_metadata,
     suffix_of,
     write_tensors,
 )
-from metaformer_jax.weights.integrity import verify, write_checksums
+from metaformer_jax.weights.integrity import check_files, write_checksums
 from metaformer_jax.weights.layouts import dotted
 from metaformer_jax.weights.outputs import RECORD_NAME, whole_output
 
@@ -197,7 +197,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Re
     import orbax.checkpoint as ocp
 
     record = read_record(path)
-    verify(path)
+    check_files(path)
     folder = pathlib.Path(path).absolute() / _VARIABLES_NAME
     try:
         with ocp.Checkpointer(orbax_handler(), **_alone()) as checkpointer:

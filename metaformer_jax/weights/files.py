@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from metaformer_jax.paths import local_path
 from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.integrity import crc32c_of_tensors
 
@@ -38,11 +39,6 @@ _PIECE_BYTES = 1 << 20
 _ZIP_MAGIC = b"PK\x03\x04"
 # Some 150 bytes describe a tensor, and the largest model has 900 of them.
 _MAX_HEADER_BYTES = 16 << 20
-
-
-def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The path that a user means: no shell has seen the `~` of a config or of `--flag=~/x`."""
-    return pathlib.Path(os.path.expanduser(path))
 
 
 def suffix_of(path: str | os.PathLike[str]) -> str:

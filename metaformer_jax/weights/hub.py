@@ -7,8 +7,9 @@ import re
 from typing import Any
 
 from metaformer_jax.models import model_info
+from metaformer_jax.paths import cache_folder
 from metaformer_jax.weights.errors import DownloadError
-from metaformer_jax.weights.files import import_torch, local_path, sha256
+from metaformer_jax.weights.files import import_torch, sha256
 from metaformer_jax.weights.outputs import check_has_place
 from metaformer_jax.weights.recognition import TIMM_FAMILIES
 
@@ -42,10 +43,9 @@ def timm_source(name: str) -> HubFile | None:
     'timm/caformer_s18.sail_in1k_384'
     """
     info = model_info(name)
-    if info.architecture.partition("_")[0] not in TIMM_FAMILIES:
+    if info.family not in TIMM_FAMILIES:
         return None
-    tag = info.name.removeprefix(info.architecture).removeprefix("_")
-    return HubFile(f"timm/{info.architecture}.{_TIMM_TAGS[tag]}", "model.safetensors")
+    return HubFile(f"timm/{info.architecture}.{_TIMM_TAGS[info.tag]}", "model.safetensors")
 
 
 def sail_source(name: str) -> HubFile:
@@ -55,14 +55,6 @@ def sail_source(name: str) -> HubFile:
     'randformer/randformer_s12.pth'
     """
     return HubFile("sail/dl", model_info(name).url.partition("/resolve/main/")[2])
-
-
-def cache_folder() -> pathlib.Path:
-    """Where converted weights are kept: `$METAFORMER_JAX_CACHE`, or in the user's cache folder."""
-    if folder := os.environ.get("METAFORMER_JAX_CACHE"):
-        return local_path(folder)
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return local_path(root) / "metaformer_jax"
 
 
 def converted_file(name: str) -> pathlib.Path:

@@ -31,7 +31,7 @@ def write_checksums(folder: str | os.PathLike[str], *, without: Collection[str] 
     (folder / CHECKSUMS_NAME).write_text(json.dumps({"files": files}, indent=1) + "\n")
 
 
-def verify(folder: str | os.PathLike[str]) -> None:
+def check_files(folder: str | os.PathLike[str]) -> None:
     """Compares each file with its checksum; files that have none may be there as well.
 
     All files are read, at about 5 GB/s from memory.

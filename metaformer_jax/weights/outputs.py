@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from metaformer_jax.weights.files import local_path
+from metaformer_jax.paths import local_path
 
 # The file by which a converted folder is known, written last.
 RECORD_NAME = "metaformer.json"

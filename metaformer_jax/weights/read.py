@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from metaformer_jax.models import model_info
+from metaformer_jax.paths import local_path
 from metaformer_jax.weights import converted, workdir
 from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.files import (
     check_is_file,
-    local_path,
     read_tensors,
     sha256,
 )
@@ -23,10 +23,9 @@ from metaformer_jax.weights.recognition import published_architecture, recognise
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Tensors as they were read, and where from; as the fields of `converted.Record`."""
+    """Tensors as they were read, and where from, as fields of `converted.Record`."""
 
     tensors: dict[str, np.ndarray]
-    record: converted.Record | None
     source: dict[str, Any]
 
 
@@ -51,7 +50,6 @@ def read_checkpoint(
         FileNotFoundError: nothing is at the path.
     """
     path = local_path(path)
-    record = None
     source: dict[str, Any] = {}
     if path.is_dir():
         if workdir.is_workdir(path):
@@ -76,7 +74,7 @@ def read_checkpoint(
         source["source_layout"] = recognise(tensors).layout
     if name is not None:
         _check_called(called, name, tensors, is_file_name=called == path.name)
-    return Checkpoint(tensors, record, source)
+    return Checkpoint(tensors, source)
 
 
 def _own_name(path: pathlib.Path) -> str | None:

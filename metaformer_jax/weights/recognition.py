@@ -97,8 +97,7 @@ def _matching_architectures(tensors: Mapping[str, np.ndarray], layout: str) -> t
             mixers.setdefault(int(part[1]), set()).add(part[2])
     found = []
     for name in ARCHITECTURES:
-        spec = model_spec(name)
-        family = name.partition("_")[0]
+        spec, family = model_spec(name), model_info(name).family
         if layout == "timm" and family not in TIMM_FAMILIES:
             continue
         if depths != dict(enumerate(spec.depths)) or dims != dict(enumerate(spec.dims)):

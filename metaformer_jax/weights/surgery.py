@@ -11,8 +11,8 @@ from flax import nnx
 
 from metaformer_jax.models import MetaFormer, RandomMixing
 from metaformer_jax.models.arguments import as_pair, at_least, check_rate, check_rngs
+from metaformer_jax.paths import local_path
 from metaformer_jax.weights.convert import check_has_values
-from metaformer_jax.weights.files import local_path
 
 NUM_IMAGENET_1K = 1000
 NUM_IMAGENET_21K = 21841

@@ -12,7 +12,7 @@ import numpy as np
 from metaformer_jax.models import FAMILIES, MetaFormerSpec, model_spec
 from metaformer_jax.weights.converted import flat_tensors, orbax_handler
 from metaformer_jax.weights.errors import CheckpointError, first_line
-from metaformer_jax.weights.integrity import verify
+from metaformer_jax.weights.integrity import check_files
 
 CONFIG = "config.json"
 # Names of the classes, by label.
@@ -55,7 +55,7 @@ def verify_checkpoint(folder: pathlib.Path) -> None:
     """
     if missing := [name for name in ORBAX_STEP_FILES if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} must hold {missing[0]}, got no such file.")
-    verify(folder)
+    check_files(folder)
 
 
 def is_workdir(path: pathlib.Path) -> bool:
@@ -89,7 +89,7 @@ def read_class_names(path: pathlib.Path) -> tuple[str, ...] | None:
 
 
 def read_num_examples(path: pathlib.Path) -> dict[str, int]:
-    """The numbers of examples by split that the run wrote; {} if it kept none, as older ones.
+    """The numbers of examples by split that the run wrote; {} if it kept none.
 
     Raises:
         CheckpointError: the file is damaged.
