@@ -26,7 +26,7 @@ from metaformer_jax.weights import CheckpointError, hub
 from metaformer_jax.weights.convert import to_variables
 from metaformer_jax.weights.pretrained import fill
 from metaformer_jax.weights.read import read_checkpoint
-from metaformer_jax.weights.recognition import recognise
+from metaformer_jax.weights.recognition import CheckpointInfo, recognise
 from metaformer_jax.weights.surgery import NUM_IMAGENET_1K
 
 
@@ -137,34 +137,20 @@ def load_classifier(
     if name or spec is None:
         name = name or told.name or _only_name(found.architectures, path)
         spec = models.model_spec(name)
-    settings = {} if name is None else trained.published_settings(name, found.in_channels or 3)
-    settings |= told.settings
-    if image_size is not None:
-        settings["image_size"] = at_least(1, image_size=image_size)
-    elif not isinstance(settings["image_size"], int):
-        height, width = settings["image_size"]
-        raise CheckpointError(
-            f"The weights must be for square pictures, got {height}x{width} in {path}. Give "
-            "another size (--image-size), or resize and call the model itself."
-        )
-    channels = found.in_channels or len(settings["mean"])
-    if channels not in (1, 3) or channels != len(settings["mean"]):
-        raise CheckpointError(
-            f"The weights must be for pictures of 1 or 3 channels, got {channels} in {path}."
-        )
-    model = _filled(spec, checkpoint.tensors, found.num_classes, channels, settings, dtype)
+    settings = _image_settings(name, told, found, path, image_size=image_size)
+    model = _filled(spec, checkpoint.tensors, found.num_classes, settings, dtype)
     class_names, notes = _class_names(class_names, told, found.num_classes)
     return Classifier(
         model=model,
         name=name or told.title,
         transform=EvalTransform(
-            image_size=settings["image_size"],
-            channels=channels,
-            crop_fraction=settings["crop_fraction"],
-            interpolation=settings["interpolation"],
+            image_size=settings.image_size,
+            channels=settings.channels,
+            crop_fraction=settings.crop_fraction,
+            interpolation=settings.interpolation,
         ),
-        mean=tuple(settings["mean"]),
-        std=tuple(settings["std"]),
+        mean=settings.mean,
+        std=settings.std,
         class_names=class_names,
         notes=notes,
     )
@@ -182,20 +168,60 @@ def _only_name(architectures: tuple[str, ...], path: pathlib.Path) -> str:
     return architectures[0]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ImageSettings:
+    image_size: int
+    crop_fraction: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+def _image_settings(
+    name: str | None,
+    told: trained.Told,
+    found: CheckpointInfo,
+    path: pathlib.Path,
+    *,
+    image_size: int | None,
+) -> _ImageSettings:
+    """What is asked for, or else what the weights tell, or else what was published."""
+    settings = {} if name is None else trained.published_settings(name, found.in_channels or 3)
+    settings |= told.settings
+    if image_size is not None:
+        settings["image_size"] = at_least(1, image_size=image_size)
+    elif not isinstance(settings["image_size"], int):
+        height, width = settings["image_size"]
+        raise CheckpointError(
+            f"The weights must be for square pictures, got {height}x{width} in {path}. Give "
+            "another size (--image-size), or resize and call the model itself."
+        )
+    settings |= {key: tuple(settings[key]) for key in ("mean", "std")}
+    channels = found.in_channels or len(settings["mean"])
+    if channels not in (1, 3) or channels != len(settings["mean"]):
+        raise CheckpointError(
+            f"The weights must be for pictures of 1 or 3 channels, got {channels} in {path}."
+        )
+    return _ImageSettings(**settings)
+
+
 def _filled(
     spec: MetaFormerSpec,
     tensors: dict[str, np.ndarray],
     num_classes: int,
-    channels: int,
-    settings: dict[str, Any],
+    settings: _ImageSettings,
     dtype: Any,
 ) -> MetaFormer:
     model = nnx.eval_shape(
         lambda: MetaFormer(
             spec,
             num_classes=num_classes,
-            in_channels=channels,
-            image_size=settings["image_size"],
+            in_channels=settings.channels,
+            image_size=settings.image_size,
             dtype=dtype,
             rngs=nnx.Rngs(0),
         )
