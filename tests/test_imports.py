@@ -74,6 +74,16 @@ def test_models_know_jax_and_flax_only():
         assert packages - standard <= MODELS_MAY_IMPORT, path
 
 
+def test_lowering_knows_arrays_alone():
+    for path in (PACKAGE / "models" / "lowering").glob("*.py"):
+        modules = {module for module in _imported_modules(path) if module.startswith("flax")}
+        ours = {module for module in _imported_modules(path) if module.startswith("metaformer_jax")}
+        above = {
+            module for module in ours if not module.startswith("metaformer_jax.models.lowering")
+        }
+        assert not modules | above, path
+
+
 def test_configs_import_recipes_alone():
     for path in (PACKAGE.parent / "configs").glob("*.py"):
         assert _imported_modules(path) == {"metaformer_jax.training.recipes"}, path
