@@ -6,6 +6,7 @@ Examples:
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import sys
@@ -86,12 +87,22 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
             and files.suffix_of(path) != files.SAFETENSORS
         ):
             parser.error(f"a PyTorch file, {path}, takes --reverse")
-        if path.resolve() == args.input.resolve():
-            parser.error(f"INPUT and --output must differ, both are {path}")
-    if len({path.resolve() for path in args.output}) < len(args.output):
-        given = " and ".join(map(str, args.output))
-        parser.error(f"every --output must be a different file or folder, got {given}")
+    _check_apart(parser, args.input, args.output)
     return args
+
+
+def _check_apart(
+    parser: argparse.ArgumentParser, source: pathlib.Path, outputs: Sequence[pathlib.Path]
+) -> None:
+    """Refuses outputs that would replace the input or each other, or a folder around them."""
+    # Not `resolve`, which raises for links that lead to themselves.
+    real = {path: pathlib.Path(os.path.realpath(path)) for path in (source, *outputs)}
+    for path in outputs:
+        if real[path] in (real[source], *real[source].parents):
+            parser.error(f"INPUT and --output must differ, got {path} for {source}")
+    for path, other in itertools.permutations(outputs, 2):
+        if real[path] in (real[other], *real[other].parents):
+            parser.error(f"every --output must be a place of its own, got {path} and {other}")
 
 
 def convert(args: argparse.Namespace) -> list["Record"]:

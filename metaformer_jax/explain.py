@@ -5,6 +5,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from metaformer_jax.models import Attention, MetaFormer
@@ -129,10 +130,15 @@ def received_attention(
 def has_attention(model: MetaFormer, stage: int = -1) -> bool:
     """Whether `attention_maps` works for a stage."""
     blocks = model.stages[_checked_stage(model, stage)]
-    return all(isinstance(block.token_mixer, Attention) for block in blocks)
+    return bool(blocks) and all(isinstance(block.token_mixer, Attention) for block in blocks)
 
 
 def _check_drops_nothing(model: MetaFormer) -> None:
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model))):
+        raise ValueError(
+            "`model` must have values to be explained, got one made under nnx.eval_shape. Load its "
+            "weights first."
+        )
     if drops(model):
         raise ValueError(
             "`model` must be in evaluation mode to be explained, got one that drops paths or "
@@ -142,9 +148,9 @@ def _check_drops_nothing(model: MetaFormer) -> None:
 
 def _checked_stage(model: MetaFormer, stage: int) -> int:
     num_stages = len(model.stages)
-    if not -num_stages <= stage < num_stages:
+    if type(stage) is not int or not -num_stages <= stage < num_stages:
         raise ValueError(
-            f"`stage` must be in [0, {num_stages}), or count from -1 for the last, got {stage}."
+            f"`stage` must be in [0, {num_stages}), or count from -1 for the last, got {stage!r}."
         )
     return stage % num_stages
 

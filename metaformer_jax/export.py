@@ -45,15 +45,16 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )
     parser.add_argument(
         "--platforms",
-        default="cpu,cuda,tpu",
         metavar="LIST",
-        help="of stablehlo: what the one file runs on (default: %(default)s)",
+        help="of stablehlo: what the one file runs on (default: cpu,cuda,tpu)",
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier output")
     args = parser.parse_args(argv)
     args.format = args.format or args.output.suffix[1:]
     if args.format not in FORMATS:
         parser.error(f"--format must be given for {args.output.name}: its suffix does not say it")
+    if args.platforms is not None and args.format == "onnx":
+        parser.error("--platforms is for stablehlo: an ONNX file runs wherever its runtime does")
     if args.output.suffix == ".json":
         parser.error(f"--output must not end in .json, which is written beside it: {args.output}")
     return args
@@ -77,16 +78,17 @@ def _export(args: argparse.Namespace) -> None:
     if args.format == "onnx":
         data = artefacts.export_onnx(classifier.model, image_size=size)
     else:
-        data = artefacts.export_stablehlo(
-            classifier.model, image_size=size, platforms=args.platforms.split(",")
-        )
+        platforms = args.platforms.split(",") if args.platforms else artefacts.PLATFORMS
+        data = artefacts.export_stablehlo(classifier.model, image_size=size, platforms=platforms)
     with (
         whole_output(args.output, force=args.force, is_folder=False) as file,
         whole_output(beside, force=args.force, is_folder=False) as description,
     ):
         file.write_bytes(data)
         described = artefacts.describe(classifier)
-        description.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+        description.write_text(
+            json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     for note in classifier.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{args.output}: {classifier.name}, {len(data) / 1e6:.1f} MB; {beside} describes it")

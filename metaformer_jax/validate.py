@@ -26,8 +26,8 @@ def main(
         "weights are in it, these are taken; by default the published weights are downloaded",
     )
     parser.add_argument("--img-size", type=int, help="pixels per side; by default the model's")
-    parser.add_argument("--crop-pct", type=float, default=1.0)
-    parser.add_argument("--interpolation", default="bicubic")
+    parser.add_argument("--crop-pct", type=float, help="by default the model's")
+    parser.add_argument("--interpolation", help="by default the model's")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
     parser.add_argument("-j", "--workers", type=int, default=-1, help="-1: one for each core")
     options = parser.parse_args(arguments)
@@ -42,11 +42,22 @@ def _validate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from metaformer_jax import models
+    from metaformer_jax.inference import trained
     from metaformer_jax.paths import local_path
     from metaformer_jax.training import evaluation, recipes
+    from metaformer_jax.weights import workdir
 
     logging.set_verbosity(logging.WARNING)
     info = models.model_info(options.model)
+    images = trained.published_settings(info.name, channels=3)
+    if workdir.is_workdir(path := local_path(options.checkpoint)):
+        images |= trained.read_settings(path).settings
+    asked = {
+        "image_size": options.img_size,
+        "crop_fraction": options.crop_pct,
+        "interpolation": options.interpolation,
+    }
+    images |= {name: value for name, value in asked.items() if value is not None}
     config = recipes.base_config()
     config.model.update(
         name=info.name,
@@ -56,13 +67,15 @@ def _validate(options: argparse.Namespace) -> None:
     config.data.update(
         name="folder",
         root=str(local_path(options.data)),
-        image_size=info.image_size if options.img_size is None else options.img_size,
+        image_size=images["image_size"],
+        mean=tuple(images["mean"]),
+        std=tuple(images["std"]),
         num_workers=options.workers,
     )
     config.update(
         eval_batch_size=options.batch_size,
-        eval_crop_fraction=options.crop_pct,
-        eval_interpolation=options.interpolation,
+        eval_crop_fraction=images["crop_fraction"],
+        eval_interpolation=images["interpolation"],
     )
     evaluation.evaluate(config, console=Console())
 

@@ -14,6 +14,7 @@ from metaformer_jax import programs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
     from metaformer_jax import models
 
@@ -65,7 +66,6 @@ def _show(pattern: str | None, plot: pathlib.Path | None) -> None:
     # --help does not wait for JAX.
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
     from metaformer_jax import models
     from metaformer_jax.paths import local_path
@@ -76,17 +76,17 @@ def _show(pattern: str | None, plot: pathlib.Path | None) -> None:
     plot = plot and local_path(plot)
     _check_plot(plot)
     counted = {}
-    table = Table(title=f"{len(names)} published models")
-    table.add_column("name", no_wrap=True)
-    for column in ("pixels", "classes", "params", "(publ.)", "frozen", "(publ.)"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("GMACs", "(publ.)", "top-1"):
-        table.add_column(column, justify="right", no_wrap=True)
+    if plot and not any(models.model_info(name).published_top1 for name in names):
+        raise ValueError(
+            "`--plot` must have a model with an ImageNet-1K accuracy to show, got "
+            f"{', '.join(names)}."
+        )
+    rows: list[tuple[str, ...]] = []
     progress = Console(stderr=True)
     for name in track(names, "counting", console=progress, transient=True):
         info = models.model_info(name)
         counted[name] = counts = _count(info.architecture, info.image_size, info.num_classes)
-        table.add_row(
+        row = (
             name,
             str(info.image_size),
             str(info.num_classes),
@@ -98,14 +98,36 @@ def _show(pattern: str | None, plot: pathlib.Path | None) -> None:
             _figure(info.published_gmacs, ".1f", "G"),
             _figure(info.published_top1, ".1f", "%"),
         )
+        rows.append(row)
     console = Console()
+    table = _table(rows)
+    width = Console(width=1000).measure(table).maximum
     if not console.is_terminal:
         # A file or a pipe has no width to fit into.
-        console = Console(width=160)
+        console = Console(width=max(width, 160))
+    elif console.width < width:
+        table = _table([row[:4] + row[5:6] + row[7:8] + row[9:] for row in rows], is_narrow=True)
     console.print(table)
     if plot:
         figure_of(counted).savefig(plot, dpi=100)
         print(f"{plot}: the published accuracies against the counts")
+
+
+def _table(rows: Sequence[tuple[str, ...]], *, is_narrow: bool = False) -> "Table":
+    """The rows as a table; a narrow one leaves out the published sizes, and the lines."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=f"{len(rows)} published models", box=None if is_narrow else box.HEAVY_HEAD)
+    sizes = ["params", "frozen", "GMACs"]
+    if not is_narrow:
+        sizes = ["params", "(publ.)", "frozen", "(publ.)", "GMACs", "(publ.)"]
+    table.add_column("name", no_wrap=True)
+    for column in ("pixels", "classes", *sizes, "top-1"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def figure_of(counted: Mapping[str, "models.Counts"]) -> "Figure":

@@ -19,12 +19,14 @@ class HubServer:
         announced: another content, whose hash is announced in place of the true one.
         broken_transfers: how many times still a transfer stops halfway.
         requests: what was asked: (method, path, range).
+        refuses_by: the code by which everything is refused.
     """
 
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     announced: bytes | None = None
     broken_transfers: int = 0
     requests: list[tuple[str, str, str | None]] = dataclasses.field(default_factory=list)
+    refuses_by: int | None = None
     url: str = ""
 
 
@@ -43,6 +45,11 @@ def serve() -> Iterator[HubServer]:
             asked_range = self.headers.get("Range")
             state.requests.append((self.command, self.path, asked_range))
             content = state.files.get(self.path)
+            if state.refuses_by is not None:
+                self.send_response(state.refuses_by)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if content is None:
                 self.send_response(404)
                 self.send_header("X-Error-Code", "EntryNotFound")

@@ -232,7 +232,9 @@ def test_a_malicious_file_ends_with_one_message_and_without_running(tmp_path):
         (["{sail}", "--model", NAME, "--output", "{sail}", "--reverse"], "must differ"),
         (["{sail}", "--model", NAME, "--output", "out", "--reverse"], "writes a file"),
         (["{sail}", "--model", NAME, "--output", "out", "--layout", "timm"], "give --reverse"),
-        (["{sail}", "--model", NAME, "--output", "out", "--output", "./out"], "a different file"),
+        (["{sail}", "--model", NAME, "--output", "out", "--output", "./out"], "a place of its own"),
+        (["{sail}", "--model", NAME, "--output", "n/a.safetensors", "--output", "n"], "of its own"),
+        (["in/x.pth", "--model", NAME, "--output", "in"], "INPUT and --output must differ"),
         (["{sail}", "--model", NAME, "--output", "{sail}/out"], "that can be written to"),
         (["{sail}", "--model", NAME, "--output", "out", "--num-classes", "5"], "has, 1000"),
         (["{sail}", "--model", NAME, "--output", "out", "--in-channels", "4"], "has, 3"),
@@ -316,3 +318,22 @@ def test_verify_names_the_families_that_timm_has(run, tmp_path):
     )
     result = run(path, "--model", "identityformer_s12", "--output", "out", "--verify")
     assert_refused(result, "poolformerv2, convformer, caformer")
+
+
+@pytest.mark.parametrize("arguments", [("loop", "--output", "out"), ("{sail}", "--output", "loop")])
+def test_a_link_to_itself_is_refused_in_one_line(arguments, run, files, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    given = [argument.format(sail=files / "sail.pth") for argument in arguments]
+    code, out, err = run(*given, "--model", NAME)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+
+
+def test_verify_refuses_what_timm_cannot_read(run, files, tmp_path, monkeypatch):
+    run(files / "sail.pth", "--model", NAME, "--output", "own.safetensors")
+    tensors, _ = read_tensors(tmp_path / "own.safetensors")
+    write_tensors(tmp_path / "foreign.safetensors", tensors, {})
+    fake = types.SimpleNamespace(create_model=lambda *args, **kwargs: torch.nn.Module())
+    monkeypatch.setattr(timm_parity, "_import_timm", lambda: (fake, None))
+    result = run("foreign.safetensors", "--model", NAME, "--output", "out", "--verify")
+    assert_refused(result, "must be in the sail or timm layout")

@@ -213,6 +213,17 @@ def test_a_step_that_the_run_deletes_while_it_is_read_gives_way_to_the_next(live
     np.testing.assert_array_equal([last, average], [3 * scale, 30 * scale])
 
 
+def test_weights_of_a_run_are_not_evaluated_on_images_with_another_normalisation(tmp_path):
+    _, config = small_run.make(tmp_path / "run")
+    config.model.pretrained = str(tmp_path / "run")
+    _evaluate(config, None)
+    config.data.std = (0.5,)
+    with pytest.raises(ValueError, match=r"(?s)with the normalisation of images .*data\.std"):
+        _evaluate(config, None)
+    # A training may begin with others.
+    assert Run(config).pretrained_variables()
+
+
 _NUMBERS = {"evaluation": 10}
 
 

@@ -177,6 +177,11 @@ def test_received_attention_is_a_share_for_each_place(model):
             lambda m, x: explain.grad_cam(m, x, np.array([1.0, 2.0])),
             r"numbers in \[0, 7\), got float64",
         ),
+        (lambda m, x: explain.grad_cam(m, x, stage=1.0), "`stage` must be in .*got 1.0"),
+        (
+            lambda m, x: explain.grad_cam(nnx.eval_shape(lambda: nnx.clone(m)), x),
+            "must have values to be explained",
+        ),
         (lambda m, x: explain.attention_maps(m, x, 0), "with attention, got 0.*in 1\\."),
         (lambda m, x: explain.attention_maps(m, x.astype(np.uint8), 1), "got uint8"),
     ],
@@ -210,3 +215,9 @@ def test_a_model_without_a_head_has_no_class_to_explain():
 def test_images_that_the_model_does_not_take_are_what_is_refused(model):
     with pytest.raises(ValueError, match="`images` must have 4 axes"):
         grad_cam(model, images_of(1, 32)[0], np.array([1]))
+
+
+def test_a_stage_without_blocks_has_no_attention():
+    model = MetaFormer(SPEC, num_classes=7, image_size=32, rngs=nnx.Rngs(0))
+    model.stages[1] = nnx.List([])
+    assert not explain.has_attention(model, 1)

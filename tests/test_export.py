@@ -243,6 +243,7 @@ def test_the_description_is_what_the_classifier_does(tmp_path):
         (["--output", "model.bin"], "--format must be given for model.bin"),
         (["--output", "m.json", "--format", "onnx"], "must not end in .json"),
         (["--output", "m.onnx"], "`name` (--model) must be given"),
+        (["--output", "m.onnx", "--platforms", "cpu"], "--platforms is for stablehlo"),
         (["--output", "m.onnx", "--model", "caformer_s81"], "Did you mean caformer_s18"),
         (["--output", "there.stablehlo", "--model", "caformer_s18"], "must not exist yet"),
     ],
@@ -301,3 +302,9 @@ def test_gradients_are_exported_for_any_number_of_images(family):
     expected = jax.tree.leaves(gradient(leaves, some))
     for actual, wanted in zip(exported.call(leaves, some), expected, strict=True):
         assert jnp.allclose(actual, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_without_values_is_not_exported():
+    pytest.importorskip("flatbuffers", reason=NO_FLATBUFFERS)
+    with pytest.raises(ValueError, match="`model` must have values"):
+        artefacts.export_stablehlo(nnx.eval_shape(lambda: small_model("caformer")))

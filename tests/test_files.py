@@ -70,6 +70,14 @@ def test_what_averages_weights_is_unwrapped(tmp_path, wraps):
     np.testing.assert_array_equal(tensors["fc.weight"], model.fc.weight.detach().numpy())
 
 
+def test_figures_of_a_training_beside_the_weights_are_no_code(tmp_path):
+    figures = {"best": np.float64(0.5), "epoch": np.int64(3), "is_best": np.bool_(True)}
+    # The name of a torch file is that of a folder in it.
+    path = tmp_path / "caformer..best.pth"
+    torch.save({"state_dict_ema": {}, "state_dict": torch_state_dict(), **figures}, path)
+    assert_read(path, entry="state_dict")
+
+
 def test_a_count_of_anything_else_is_left_where_it_is(tmp_path):
     torch.save({**torch_state_dict(), "n_averaged": torch.tensor(3)}, tmp_path / "other.pth")
     assert set(read_tensors(tmp_path / "other.pth")[0]) == {*TENSORS, "n_averaged"}
@@ -189,7 +197,7 @@ def test_a_dtype_that_numpy_does_not_have_is_named(tmp_path):
 
     tensors = {"a": torch.zeros(2), "b": torch.zeros(4).to(torch.float8_e4m3fn)}
     save_file(tensors, tmp_path / "short.safetensors")
-    with pytest.raises(CheckpointError, match=r"`b` must have a dtype .*, got F8_E4M3 .*bfloat16"):
+    with pytest.raises(CheckpointError, match=r"^`b` must have a dtype .*, got F8_E4M3 .*bfloat16"):
         read_tensors(tmp_path / "short.safetensors")
 
 

@@ -196,3 +196,9 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "metaformer_jax"
     monkeypatch.setenv("METAFORMER_JAX_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+
+
+def test_what_a_mirror_answers_is_said(server, monkeypatch):
+    server.refuses_by = 403
+    with pytest.raises(DownloadError, match=rf"403.*, from {server.url}\."):
+        create_model(FROM_TIMM, pretrained=True, rngs=nnx.Rngs(0))

@@ -89,6 +89,22 @@ def test_a_folder_of_anything_else_is_never_replaced(tmp_path):
         check_output(tmp_path / "file", force=True, is_folder=True)
 
 
+def test_what_lies_in_an_earlier_output_is_not_lost(tmp_path):
+    write(tmp_path / "out", "first", is_folder=True)
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out, which holds notes\.md as well"):
+        check_output(tmp_path / "out", force=True, is_folder=True)
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a*", "a?", "back\\slash", os.fsdecode(b"caf\xe9")])
+def test_a_folder_in_which_orbax_would_lose_what_it_writes_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=r"must have a path without .*Choose another name"):
+        check_output(tmp_path / name / "out", force=False, is_folder=True)
+    (tmp_path / name).mkdir()
+    check_output(tmp_path / name / "out.safetensors", force=False, is_folder=False)
+
+
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     def write_slowly():
         with whole_output(tmp_path / "out", force=False, is_folder=False) as partial:

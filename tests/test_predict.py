@@ -22,7 +22,7 @@ from metaformer_jax.data.augment import EvalTransform
 from metaformer_jax.data.sources import Digits
 from metaformer_jax.data.transforms import BadImageError
 from metaformer_jax.figures import to_array
-from metaformer_jax.inference import find_images, load_classifier, read_image
+from metaformer_jax.inference import Classifier, find_images, load_classifier, read_image
 from metaformer_jax.inference.drawing import Explanation, explanations_figure
 from metaformer_jax.models import FAMILIES
 from metaformer_jax.weights import CheckpointError
@@ -151,6 +151,55 @@ def test_what_is_left_out_is_named_and_told_by_the_exit_code(run, call):
         "left out: nowhere.png: no such file.",
         "left out: run/config.json: not an image that Pillow reads.",
     ]
+
+
+def test_an_answer_that_is_not_finite_is_left_out(run, call, monkeypatch):
+    probabilities = Classifier.probabilities
+
+    def overflowing(self, images):
+        answers = np.array(probabilities(self, images))
+        answers[1] = np.nan
+        return answers
+
+    monkeypatch.setattr(Classifier, "probabilities", overflowing)
+    code, out, err = call("digits/[012].png", "--weights", "run", "--format", "jsonl")
+    assert code == 1
+    assert [json.loads(line)["image"] for line in out.splitlines()] == [
+        "digits/0.png",
+        "digits/2.png",
+    ]
+    assert err == "left out: digits/1.png: the model's answer is not finite.\n"
+
+
+def test_the_name_that_is_given_tells_the_size(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    model = build_abstract("convformer_s18")
+    variables = {
+        path: np.zeros(variable.shape, np.float32) for path, variable in variables_of(model).items()
+    }
+    write_variables(variables, path, name="convformer_s18", model=model)
+    assert load_classifier(weights=path).transform.image_size == 224
+    named = load_classifier("convformer_s18_384", weights=path)
+    assert (named.name, named.transform.image_size) == ("convformer_s18_384", 384)
+
+
+def test_class_names_that_are_no_text_are_written_as_far_as_they_are(tmp_path, call):
+    small_run.make(tmp_path / "run")
+    names = [*"012345678", os.fsdecode(b"caf\xe9")]
+    (tmp_path / "run" / "class_names.json").write_text(json.dumps(names))
+    arguments = ("digits/0.png", "--weights", tmp_path / "run", "--top", "10")
+    assert call(*arguments, "--output", tmp_path / "out.csv")[0] == 0
+    assert "caf\\udce9" in (tmp_path / "out.csv").read_text()
+
+
+def test_a_tiff_that_is_cut_behind_its_first_page_is_read_as_evaluation_does(tmp_path):
+    pages = [Image.new("L", (20, 20), 40 * index) for index in range(5)]
+    pages[0].save(tmp_path / "whole.tiff", save_all=True, append_images=pages[1:])
+    content = (tmp_path / "whole.tiff").read_bytes()
+    (tmp_path / "cut.tiff").write_bytes(content[: len(content) * 7 // 10])
+    transform = EvalTransform(image_size=20, channels=1, crop_fraction=1.0)
+    pixels, _ = read_image(tmp_path / "cut.tiff", transform)
+    np.testing.assert_array_equal(pixels, transform((tmp_path / "whole.tiff").read_bytes()))
 
 
 def huge_png(width, height):

@@ -17,7 +17,7 @@ from flax import nnx
 
 import metaformer_jax
 from metaformer_jax import create_model, load_weights, save_weights
-from metaformer_jax.models import MetaFormer, SepConv, layers, model_spec
+from metaformer_jax.models import MetaFormer, MetaFormerSpec, SepConv, layers, model_spec
 from metaformer_jax.weights import (
     CheckpointError,
     change_in_channels,
@@ -435,3 +435,40 @@ def test_neither_the_import_nor_a_folder_needs_torch_and_the_import_is_light():
         metaformer_jax.create_model({SMALL!r}, pretrained={str(folder_once())!r}, rngs=nnx.Rngs(0))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+class _Affine(nnx.Module):
+    """A norm of one's own, whose parameter has the name that PyTorch gives to others."""
+
+    def __init__(self, dim, *, dtype, rngs):
+        del dtype, rngs
+        self.weight = nnx.Param(jnp.ones(dim))
+
+    def __call__(self, x):
+        return x * self.weight[...]
+
+
+class _Nothing(nnx.Module):
+    def __init__(self, dim, *, dtype, rngs):
+        del dim, dtype, rngs
+
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize("norm", [_Affine, _Nothing])
+@pytest.mark.parametrize("place", ["folder", "file.safetensors"])
+def test_networks_with_norms_of_ones_own_are_kept_and_read(norm, place, tmp_path):
+    spec = MetaFormerSpec(
+        depths=(1, 1),
+        dims=(8, 16),
+        token_mixers=(SepConv,) * 2,
+        res_scale_init=(None,) * 2,
+        norm=norm,
+    )
+    first, second = (
+        MetaFormer(spec, num_classes=3, image_size=32, rngs=nnx.Rngs(seed)) for seed in (0, 1)
+    )
+    save_weights(first, tmp_path / place, name="convformer_s18")
+    load_weights(second, tmp_path / place)
+    assert_same(values(second), values(first))

@@ -131,10 +131,12 @@ def test_a_class_map_that_does_not_fit_is_refused(tmp_path):
         ({"in1k_idx": known[3:], "in21k_idx": shifted[3:]}, r"\[0, 1, 2\] \(3 in all\)"),
         ({"in1k_idx": known, "in21k_idx": [0.5] * 999}, "whole numbers"),
         ({"in1k_idx": [], "in21k_idx": []}, "the same length"),
+        ({"in1k_idx": list(map(str, known)), "in21k_idx": shifted}, "in in1k_idx, got '0'"),
+        ({"in1k_idx": known, "in21k_idx": [*shifted[1:], None]}, "in in21k_idx, got None"),
     ):
         with pytest.raises(ValueError, match=message):
             map_head_to_imagenet_1k(model, write_map(path, **lists))
-    for text in ("[1, 2]", "{", "null"):
+    for text in ("[1, 2]", "{", "null", "[" * 100_000):
         path.write_text(text)
         with pytest.raises(ValueError, match="`class_map` must be a JSON file"):
             map_head_to_imagenet_1k(model, path)
@@ -248,7 +250,8 @@ class BoundMixing(IdentityMixing):
 
     def __init__(self, *args, resolution, **kwargs):
         super().__init__(*args, resolution=resolution, **kwargs)
-        self.resolution = resolution
+        # As a list: what JSON makes of it.
+        self.resolution = nnx.static(list(resolution))
 
 
 def test_a_mixer_of_ones_own_that_is_bound_to_a_size_is_not_taken_for_another():

@@ -1,15 +1,18 @@
 """The program for those who come from the original code."""
 
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import small_run
 from flax import nnx
 from PIL import Image
 
 from metaformer_jax import validate
 from metaformer_jax.data.device import normalize
+from metaformer_jax.inference import load_classifier
 from metaformer_jax.training import evaluation
 from metaformer_jax.weights.convert import variables_of
 from metaformer_jax.weights.pretrained import build_abstract, fill
@@ -62,6 +65,23 @@ def test_it_prints_the_accuracy_of_the_models_own_answers(folder, capsys):
     assert int(found[2]) == (ranks < 5).sum()
     losses = np.log(np.exp(logits - of_label).sum(1))
     assert float(found[3]) == pytest.approx(losses.mean(), abs=1e-3)
+
+
+def test_a_run_is_evaluated_on_images_as_it_trained_on_them(folder, tmp_path, capsys):
+    trained = {"image_size": 48, "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
+    small_run.make(tmp_path / "run", family="identityformer", size="s12", **trained)
+    for index in range(10):
+        image = folder[0] / "imagenet" / "val" / f"n{index:08}" / "image.png"
+        shutil.copytree(image.parent, tmp_path / "data" / "val" / str(index))
+    arguments = ["--model", NAME, "--checkpoint", str(tmp_path / "run"), "-j", "0"]
+    assert validate.main([str(tmp_path / "data"), *arguments]) == 0
+    found = re.search(r"loss (\S+)", capsys.readouterr().out)
+    classifier = load_classifier(weights=tmp_path / "run")
+    files = sorted((tmp_path / "data" / "val").glob("*/*"))
+    pixels = np.stack([classifier.transform(file.read_bytes()) for file in files])
+    probabilities = np.asarray(classifier.probabilities(pixels))
+    expected = -np.log(probabilities[np.arange(10), np.arange(10)]).mean()
+    assert float(found[1]) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(

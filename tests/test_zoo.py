@@ -1,5 +1,7 @@
 """The picture of all models: accuracy, as published, against what is counted here."""
 
+import re
+
 import pytest
 from matplotlib.colors import same_color
 from PIL import Image
@@ -67,3 +69,22 @@ def test_a_picture_that_cannot_be_written_is_refused_before_counting(
     monkeypatch.setattr(zoo, "_count", None)
     assert zoo.main(["--plot", path]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_an_accuracy_there_is_no_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "_count", None)
+    assert zoo.main(["caformer_s18_in21k", "--plot", str(tmp_path / "none.png")]) == 2
+    assert "with an ImageNet-1K accuracy to show" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_on_a_narrow_terminal_all_counts_can_be_read(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(zoo, "_count", lambda *_: Counts(26_341_656, 903_168, 4_107_000_000))
+    assert zoo.main(["caformer_s18_384_in21ft1k"]) == 0
+    output = capsys.readouterr().out
+    assert all(len(re.sub(r"\x1b\[[\d;]*m", "", line)) <= 80 for line in output.splitlines())
+    for shown in ("caformer_s18_384_in21ft1k", "26,341,656", "903,168", "4.107", "85.4"):
+        assert shown in output

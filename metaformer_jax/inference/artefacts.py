@@ -20,6 +20,7 @@ from metaformer_jax.models.lowering.attention import split_heads
 from metaformer_jax.models.lowering.star_relu import squared_relu
 from metaformer_jax.models.mixers import DepthwiseConv
 from metaformer_jax.models.normalization import LayerNorm
+from metaformer_jax.weights.convert import check_has_values
 from metaformer_jax.weights.errors import first_line
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -53,6 +54,8 @@ def export_stablehlo(
             "A StableHLO file needs flatbuffers. Install it with: "
             'pip install "metaformer-jax[export]"'
         ) from error
+    if isinstance(platforms, str):
+        platforms = (platforms,)
     if not platforms or set(platforms) - {"cpu", "cuda", "rocm", "tpu"}:
         raise ValueError(
             f"`platforms` must be some of cpu, cuda, rocm and tpu, got {', '.join(platforms)!r}."
@@ -135,6 +138,7 @@ def describe(classifier: Classifier) -> dict[str, Any]:
 
 
 def _in_evaluation_mode(model: MetaFormer) -> MetaFormer:
+    check_has_values(model)
     model = nnx.clone(model)
     model.eval()
     return model
@@ -235,7 +239,7 @@ def _in_plain_operations(model: MetaFormer) -> MetaFormer:
 
 
 def _widened(leaf: Any) -> Any:
-    return leaf.astype(jnp.float32) if is_floating(leaf.dtype) else leaf
+    return leaf.astype(jnp.float32) if is_floating(getattr(leaf, "dtype", None)) else leaf
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ _MAX_THREADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """A file that gave no picture, and why."""
+    """A file that gave no picture, or a picture without an answer, and why."""
 
     path: pathlib.Path
     problem: str
@@ -79,8 +79,10 @@ def _with_probabilities(
     for file in files:
         if isinstance(file, Unreadable):
             yield file
+        elif np.isfinite(row := next(rows)).all():
+            yield Classified(file.path, file.pixels, file.notes, row)
         else:
-            yield Classified(file.path, file.pixels, file.notes, next(rows))
+            yield Unreadable(file.path, "the model's answer is not finite")
 
 
 def _read_batches(

@@ -191,7 +191,9 @@ def _image_settings(
 ) -> _ImageSettings:
     """What is asked for, or else what the weights tell, or else what was published."""
     settings = {} if name is None else trained.published_settings(name, found.in_channels or 3)
-    settings |= told.settings
+    # A conversion's record is of the name it was converted by, a run's config of the run.
+    if told.data is not None or told.name in (name, None):
+        settings |= told.settings
     if image_size is not None:
         settings["image_size"] = at_least(1, image_size=image_size)
     elif not isinstance(settings["image_size"], int):
@@ -243,6 +245,9 @@ def _class_names(
             )
         return tuple(given), notes
     names, reason = told.class_names()
+    if names is not None:
+        # Those of folders need not be text.
+        names = tuple(name.encode("utf-8", "backslashreplace").decode() for name in names)
     if names is None and reason is None and num_classes == NUM_IMAGENET_1K:
         names = models.imagenet_class_names()
     if names is not None and len(names) == num_classes:

@@ -128,12 +128,20 @@ def read_image(
     return transform.of_image(image), notes
 
 
+def _count_frames(image: Image.Image) -> int:
+    try:
+        return getattr(image, "n_frames", 1)
+    # Those after the first, which is taken, may be cut off.
+    except Exception:
+        return 1
+
+
 def _examine(file: io.BufferedReader, image_size: int) -> tuple[list[str], int]:
     """What the header tells, before anything is decoded; and the orientation, 1 if not told."""
     try:
         image = Image.open(file)
         _check_size(*image.size, image_size)
-        frames = getattr(image, "n_frames", 1)
+        frames = _count_frames(image)
         is_transparent = image.has_transparency_data
     except Image.UnidentifiedImageError as error:
         raise BadImageError("not an image that Pillow reads") from error

@@ -17,6 +17,7 @@ from metaformer_jax.training.provenance import (
     check_same_classes,
     check_same_config,
 )
+from metaformer_jax.weights.outputs import check_name_for_orbax
 from metaformer_jax.weights.workdir import saved_steps
 
 try:
@@ -53,9 +54,10 @@ def claimed_workdir(
 
     Raises:
         ValueError: the checkpoints were made by another config or on other data, and
-            `accept_changes` is not set; another run uses the folder; it cannot be written to; or
-            folders in it cannot be renamed.
+            `accept_changes` is not set; another run uses the folder; it cannot be written to;
+            folders in it cannot be renamed; or Orbax could not read what it writes there.
     """
+    check_name_for_orbax(workdir.absolute(), what="`workdir`")
     changes: list[str] = []
     with contextlib.ExitStack() as lock:
         try:

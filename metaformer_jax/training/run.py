@@ -22,7 +22,11 @@ from metaformer_jax.models.cores import num_cores
 from metaformer_jax.paths import local_path
 from metaformer_jax.training import optim, settings, sharding
 from metaformer_jax.training.feeding import PlacedBatches
-from metaformer_jax.training.provenance import check_same_network, write_provenance
+from metaformer_jax.training.provenance import (
+    check_same_network,
+    check_same_normalisation,
+    write_provenance,
+)
 from metaformer_jax.training.step import Average, Engine
 from metaformer_jax.weights import hub
 from metaformer_jax.weights.convert import Variables
@@ -57,6 +61,7 @@ class Run:
     ):
         settings.check_fields(config)
         self.config = config
+        self._trains = trains
         data = config.data
         if sources is not None:
             self.train_source, self.eval_source = sources
@@ -162,6 +167,8 @@ class Run:
             path = hub.converted_file(config.pretrained)
         elif is_workdir(path):
             check_same_network(path, self.config, self.engine.model.spec)
+            if not self._trains:
+                check_same_normalisation(path, self.config)
         try:
             return fitted_variables(
                 self.engine.model,

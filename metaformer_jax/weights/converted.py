@@ -25,10 +25,9 @@ from metaformer_jax.weights.files import (
 )
 from metaformer_jax.weights.integrity import check_files, write_checksums
 from metaformer_jax.weights.layouts import dotted
-from metaformer_jax.weights.outputs import RECORD_NAME, whole_output
+from metaformer_jax.weights.outputs import RECORD_NAME, VARIABLES_NAME, whole_output
 
 FORMAT = 2
-_VARIABLES_NAME = "variables"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ def write_folder(
     with whole_output(path, force=force, is_folder=True) as partial:
         with ocp.Checkpointer(orbax_handler(), **_alone()) as checkpointer:
             checkpointer.save(
-                partial / _VARIABLES_NAME, args=ocp.args.PyTreeSave(_nested(variables))
+                partial / VARIABLES_NAME, args=ocp.args.PyTreeSave(_nested(variables))
             )
         (partial / RECORD_NAME).write_text(record.to_json())
         write_checksums(partial)
@@ -169,11 +168,14 @@ def read_record(path: str | os.PathLike[str]) -> Record:
                 f"The {RECORD_NAME} of {path} must be of format {FORMAT}, got "
                 f"{fields['format']!r}. Update metaformer_jax, or convert the weights again."
             )
-        record = Record(**{**fields, "image_size": tuple(fields["image_size"])})
+        height, width = fields["image_size"]
+        record = Record(**{**fields, "image_size": (height, width)})
         if not isinstance(record.model, str):
             raise TypeError(f"`model` must be text, got {record.model!r}")
         return record
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"The {RECORD_NAME} of {path} must be as the conversion wrote it, got {error!r}. "
             "Convert the weights again."
@@ -198,7 +200,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Re
 
     record = read_record(path)
     check_files(path)
-    folder = pathlib.Path(path).absolute() / _VARIABLES_NAME
+    folder = pathlib.Path(path).absolute() / VARIABLES_NAME
     try:
         with ocp.Checkpointer(orbax_handler(), **_alone()) as checkpointer:
             nested = checkpointer.restore(folder, args=ocp.args.PyTreeRestore())

@@ -41,6 +41,18 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _MAX_HEADER_BYTES = 16 << 20
 
 
+# What torch may build besides tensors and Python's own values: NumPy's numbers, by the name of its
+# first version as well, and the arguments of a program.
+_NUMBER = np.float64(0).__reduce__()[0]
+_PLAIN = [
+    argparse.Namespace,
+    _NUMBER,
+    (_NUMBER, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+]
+
+
 def suffix_of(path: str | os.PathLike[str]) -> str:
     """The end of a file's name that tells its format, such as `.pth`, in lower case."""
     return pathlib.Path(path).suffix.lower()
@@ -201,6 +213,8 @@ def _open_safetensors(path: pathlib.Path) -> Iterator[Any]:
         # Reading, not mapping: a mapped file counts as memory until it is closed.
         with safe_open(path, framework="np", backend="pread") as file:
             yield file
+    except CheckpointError:
+        raise
     except (SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"`path` must be a whole safetensors file, got {path}: {error}. Fetch it again."
@@ -236,8 +250,8 @@ def _load_torch(path: pathlib.Path) -> Any:
     torch = import_torch()
     _check_zip(path)
     try:
-        # Training scripts keep their arguments beside the weights; a namespace runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Training scripts keep arguments and figures beside the weights; these run nothing.
+        with torch.serialization.safe_globals(_PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
     # The loader meets bytes of any kind, and answers with errors of any kind.
     except Exception as error:
@@ -290,7 +304,8 @@ def _foreign_member(file: zipfile.ZipFile, num_bytes: int) -> str:
         # A folder has no content: torch would leave the tensor's memory as it was.
         if member.filename.endswith("/") or member.external_attr & _FOLDER_ATTRIBUTE:
             return f"{member.filename!r} is marked as a folder"
-        if pathlib.PurePosixPath(member.filename).is_absolute() or ".." in member.filename:
+        place = pathlib.PurePosixPath(member.filename)
+        if place.is_absolute() or ".." in place.parts:
             return f"{member.filename!r} names another place"
     if sum(member.file_size for member in file.infolist()) > num_bytes:
         return "its members overlap"
@@ -305,7 +320,8 @@ def _unwrap(
             f"`path` must hold a state dict, got {path} with a {type(content).__name__}."
         )
     if entry is None:
-        entry = next((e for e in ENTRIES if isinstance(content.get(e), Mapping)), None)
+        there_are = [e for e in ENTRIES if isinstance(content.get(e), Mapping) and content[e]]
+        entry = next(iter(there_are), None)
     elif not isinstance(content.get(entry), Mapping):
         raise CheckpointError(
             f"`entry` must be a state dict in {path}, got {entry!r}. The file has "

@@ -114,7 +114,8 @@ def download(source: HubFile, *, name: str) -> tuple[pathlib.Path, str]:
     except Exception as error:
         raise DownloadError(
             f"The weights of {name} must be fetched once, and {source.url} could not be: "
-            f"{_reason(error)}.\n{_manual_way(source, name)}"
+            f"{_reason(error)}{f', from {endpoint}' if endpoint else ''}.\n"
+            f"{_manual_way(source, name)}"
         ) from error
     digest = sha256(path)
     announced = _announced_sha256(path, source, endpoint)
@@ -146,6 +147,9 @@ def _announced_sha256(path: str, source: HubFile, endpoint: str | None) -> str |
 
 
 def _reason(error: BaseException) -> str:
+    # The hub's library answers many errors by the advice to look for the file in its cache.
+    if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 

@@ -24,7 +24,8 @@ ARCHITECTURES = tuple(dict.fromkeys(model_info(name).architecture for name in li
 # The families that timm builds. IdentityFormer's checkpoints have PoolFormerV2's keys and shapes.
 TIMM_FAMILIES = ("poolformerv2", "convformer", "caformer")
 
-# Every block has these keys and no other layout has them.
+# The published blocks have these keys, and no other layout has them. A block of one's own may have
+# another norm, or none.
 _MARKS = {
     "sail": r"stages\.(\d+)\.(\d+)\.norm1\.weight",
     "timm": r"stages\.(\d+)\.blocks\.(\d+)\.norm1\.weight",
@@ -64,7 +65,10 @@ def recognise(tensors: Mapping[str, np.ndarray]) -> CheckpointInfo:
         layout: sum(bool(re.fullmatch(_MARKS[layout], k)) for k in tensors) for layout in LAYOUTS
     }
     layout = max(matches, key=lambda layout: matches[layout])
-    if not matches[layout]:
+    if ".".join(map(str, _STEM[0])) in tensors:
+        # No other layout calls it a kernel.
+        layout = "flax"
+    elif not matches[layout]:
         some = ", ".join(list(tensors)[:5]) or "no tensor at all"
         raise CheckpointError(
             "The checkpoint must hold the tensors of a MetaFormer in the sail, timm or flax "

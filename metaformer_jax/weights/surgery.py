@@ -140,7 +140,7 @@ def set_image_size(
     changed: list[tuple[RandomMixing, tuple[int, int]]] = []
     for resolution, blocks in zip(resolutions, model.stages, strict=True):
         for mixer in (block.token_mixer for block in blocks):
-            if getattr(mixer, "resolution", resolution) == resolution:
+            if tuple(getattr(mixer, "resolution", resolution)) == resolution:
                 continue
             if not isinstance(mixer, RandomMixing):
                 raise ValueError(
@@ -172,7 +172,7 @@ def _read_class_map(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarra
     try:
         content = json.loads(local_path(path).read_text())
         target, source = (np.asarray(content[key]) for key in ("in1k_idx", "in21k_idx"))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             "`class_map` must be a JSON file with the lists `in1k_idx` and `in21k_idx`, got "
             f"{path}: {error!r}."
@@ -186,10 +186,11 @@ def _read_class_map(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarra
         ("in1k_idx", target, NUM_IMAGENET_1K),
         ("in21k_idx", source, NUM_IMAGENET_21K),
     ):
-        if indices.dtype.kind != "i" or (indices < 0).any() or (indices >= limit).any():
+        wrong = [n for n in indices.tolist() if type(n) is not int or not 0 <= n < limit]
+        if wrong:
             raise ValueError(
                 f"`class_map` must hold whole numbers from 0 to {limit - 1} in {key}, got "
-                f"{indices.dtype} from {indices.min()} to {indices.max()}."
+                f"{wrong[0]!r}."
             )
     names, counts = np.unique(target, return_counts=True)
     if (counts > 1).any():
