@@ -219,12 +219,21 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         continues = " The same command continues from the last checkpoint."
         code = _tell(f"stopped.{continues if _MODE.value == 'train' else ''}", INTERRUPTED)
+    except Exception:
+        # Nobody foresaw it. Python's own exit would wait for the other processes, and they for
+        # this one.
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = TRAINING_FAILED
     else:
         return
     distributed.leave(code)
 
 
 def _run(workdir: pathlib.Path | None, output: pathlib.Path | None) -> None:
+    import jax
+
     from metaformer_jax.training import compile, distributed, evaluation, preview, train
 
     # The imported modules stay. Tracing makes objects by the million, and each search for garbage
@@ -245,8 +254,9 @@ def _run(workdir: pathlib.Path | None, output: pathlib.Path | None) -> None:
         _PROCESS_ID.value,
         distributed=_DISTRIBUTED.value,
     )
-    # With several processes JAX handles SIGTERM itself, but only a training asks it.
-    if _MODE.value != "train" and signal.getsignal(signal.SIGTERM) is end_at_once:
+    # With several processes JAX handles SIGTERM itself, but only a training of several asks it.
+    asks_jax = _MODE.value == "train" and jax.process_count() > 1
+    if not asks_jax and signal.getsignal(signal.SIGTERM) is end_at_once:
         signal.signal(signal.SIGTERM, end_at_once)
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)

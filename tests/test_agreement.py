@@ -106,3 +106,10 @@ def test_what_never_shows_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     assert not agreement._shows(tmp_path / "token")
     assert not agreement._shows(tmp_path / "no folder" / "token")
+
+
+def test_what_the_first_process_says_counts(second):
+    second.append(1)
+    assert agreement.of_first(False) is True
+    second.append(0)
+    assert agreement.of_first(True) is False

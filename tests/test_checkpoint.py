@@ -3,7 +3,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 from metaformer_jax.training import recipes, sharding
 from metaformer_jax.training.checkpoint import Checkpoints
@@ -107,3 +109,33 @@ def test_steps_are_not_sent_far_ahead_of_the_devices(tmp_path):
     for step, loss in enumerate(losses, start=1):
         pending.add(step, {"loss": loss}, num_replaced=0)
     assert [loss.is_done for loss in losses] == [True, True, True, False, False]
+
+
+def test_where_the_shapes_differ_the_parameters_are_named_and_nothing_is_called_damaged(tmp_path):
+    def state(**params):
+        arrays = {name: jnp.zeros(shape) for name, shape in params.items()}
+        return dataclasses.replace(_state(1), params={"head": arrays})
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state(bias=(2,), kernel=(3, 2)), [], recipes.digits())
+        checkpoints.wait()
+        with pytest.raises(ValueError, match="of this run's network, got others:") as caught:
+            checkpoints.restore(state(kernel=(3, 4), scale=(1,)), recipes.digits())
+    assert str(caught.value).splitlines()[1:4] == [
+        "  head.bias: (2,) -> absent",
+        "  head.kernel: (3, 2) -> (3, 4)",
+        "  head.scale: absent -> (1,)",
+    ]
+    assert "fresh_head=True" in str(caught.value)
+
+
+def test_orbax_does_not_ask_whether_the_run_should_end(tmp_path, monkeypatch):
+    """It would ask for a step that is long past, and JAX would take the process to be there."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(_state(1), [], recipes.digits())
+    assert not asked
+    # What it would have done.
+    ocp.CheckpointManager.reached_preemption(checkpoints._manager, 1)
+    assert asked == [1]

@@ -133,3 +133,19 @@ def test_devices_of_several_processes_that_are_not_connected_are_refused(calls, 
         distributed.initialize(distributed=False)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     distributed.initialize(distributed=False)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", ":80", "host:", "host:x", "host:0", "host:65536"])
+def test_an_address_without_host_and_port_is_refused(address, calls):
+    with pytest.raises(ValueError, match="must be host:port of the first process"):
+        distributed.initialize(address, 2, 0)
+    assert not calls
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    def initialize(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server\n...")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match="at --coordinator_address, got 'host:80', where UNKNOWN"):
+        distributed.initialize("host:80", 2, 0)

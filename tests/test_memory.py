@@ -21,14 +21,14 @@ def _needed(limit=10**9, fixed=100, of_each=10):
 )
 def test_the_largest_batch_is_on_the_line_through_two_and_was_tried(batch, limit, expected):
     needed, asked = _needed()
-    assert largest_that_fits(needed, batch, unit=8, limit=limit) == expected
+    assert largest_that_fits(needed, batch, unit=8, limit=limit, most=10**9) == expected
     assert len(asked) == 3
     assert asked[-1] == expected
 
 
 def test_what_is_refused_is_halved_until_it_fits():
     needed, asked = _needed(limit=400)
-    assert largest_that_fits(needed, 96, unit=8, limit=400) == 24
+    assert largest_that_fits(needed, 96, unit=8, limit=400, most=10**9) == 24
     assert asked == [96, 48, 24, 8, 24]
 
 
@@ -36,7 +36,7 @@ def test_where_the_line_is_off_less_is_tried_until_it_fits():
     def needed(batch):
         return 100 + 10 * batch + batch**2 // 50
 
-    largest = largest_that_fits(needed, 64, unit=8, limit=10_000)
+    largest = largest_that_fits(needed, 64, unit=8, limit=10_000, most=10**9)
     assert needed(largest) <= 10_000
     # The best would be 496; the line alone would say 832.
     assert 448 <= largest <= 496
@@ -44,12 +44,19 @@ def test_where_the_line_is_off_less_is_tried_until_it_fits():
 
 def test_without_two_batches_that_fit_nothing_is_said():
     needed, _ = _needed(limit=150)
-    assert largest_that_fits(needed, 64, unit=8, limit=150) is None
+    assert largest_that_fits(needed, 64, unit=8, limit=150, most=10**9) is None
 
 
 def test_not_even_one_image_fits():
     needed, _ = _needed(fixed=2000)
-    assert largest_that_fits(needed, 64, unit=8, limit=1000) == 0
+    assert largest_that_fits(needed, 64, unit=8, limit=1000, most=10**9) == 0
+
+
+def test_no_batch_is_tried_beyond_the_most():
+    needed, asked = _needed()
+    assert largest_that_fits(needed, 64, unit=8, limit=1000, most=83) == 80
+    assert max(asked) == 80
+    assert largest_that_fits(needed, 8, unit=8, limit=1000, most=15) is None
 
 
 def test_memory_counts_what_is_donated_once():

@@ -38,7 +38,9 @@ def test_images_stand_side_by_side_and_then_below():
 def test_captions_name_what_an_image_shows_and_no_more_than_fits():
     targets = np.array([[0.7, 0.3, 0.0], [0.9, 0.05, 0.05]])
     names = ["golden retriever of the king", "cat", "dog"]
-    figure = pictures.batch_figure(np.zeros((2, 4, 4, 1)), targets, names, title="two")
+    figure = pictures.batch_figure(
+        np.zeros((2, 4, 4, 1)), targets, names, title="two", smallest=0.05
+    )
     captions = [text.get_text() for text in figure.axes[0].texts]
     assert captions == ["golden retriever... 70%\ncat 30%", "golden retriever... 90%"]
 
@@ -56,3 +58,14 @@ def test_any_name_is_written_as_it_is():
 def test_without_a_mistake_there_is_still_a_picture(tmp_path):
     pictures.draw_misclassified([], tmp_path / "none.png", title="0 of 5 misclassified")
     assert (tmp_path / "none.png").stat().st_size > 0
+
+
+def test_captions_name_both_of_two_classes_where_they_are_mixed():
+    targets = np.array([[0.59, 0.41], [0.05, 0.95], [0.5, 0.5]])
+    images = np.zeros((3, 4, 4, 1))
+    figure = pictures.batch_figure(images, targets, ["cat", "dog"], title="", smallest=0.05)
+    captions = [text.get_text() for text in figure.axes[0].texts]
+    assert captions[:2] == ["cat 59%\ndog 41%", "dog 95%"]
+    assert set(captions[2].split("\n")) == {"cat 50%", "dog 50%"}
+    alone = pictures.batch_figure(images[:1], np.ones((1, 1)), ["cat"], title="", smallest=0.1)
+    assert [text.get_text() for text in alone.axes[0].texts] == ["cat 100%"]

@@ -57,6 +57,13 @@ def test_a_converted_set_holds_the_same_records_in_the_same_order(source, tmp_pa
     assert _entries(folder.parent) == ["5.1.0"]
 
 
+def test_an_empty_split_is_no_reason_to_refuse_the_others(tmp_path):
+    records = {"train": [fake_imagenet.example(b"jpeg", 0, file_name=b"")] * 3, "test": []}
+    source = fake_imagenet.write_dataset(tmp_path / "source", "tfrecord", records=records)
+    assert _convert(source, tmp_path / "out") == 0
+    assert len(_all(tmp_path / "out", "train")) == 3
+
+
 def test_tfds_reads_a_converted_set(source, tmp_path):
     folder = to_array_record.convert_dataset(source, tmp_path / "out")
     builder = tfds.builder_from_directory(folder)

@@ -1,6 +1,8 @@
 """What a person and a log are told of a run's speed."""
 
 import io
+import json
+import math
 import sys
 import threading
 import types
@@ -146,6 +148,31 @@ def test_weights_and_biases_gets_the_rows_under_one_name_for_each_workdir(tmp_pa
     assert first == second
     assert (first["project"], first["config"], first["resume"]) == ("birds", {"epochs": 2}, "allow")
     assert wandb.calls[1:3] == [("log", 3, {"train/loss": 1.0}), ("finish", 0)]
+
+
+def test_where_weights_and_biases_does_not_start_it_is_said_in_one_line(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+
+    def init(**_):
+        raise RuntimeError("No API key configured.\nUse wandb login.")
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ValueError, match=r"got 'birds': No API key configured\. Log in by"):
+        MetricWriter(tmp_path, wandb_project="birds")
+
+
+def test_what_is_not_finite_is_written_as_json_has_it(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, train={"loss": float("nan"), "grad_norm": float("inf"), "accuracy": 0.5})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert row == {"step": 1, "train/loss": None, "train/grad_norm": None, "train/accuracy": 0.5}
+    with MetricWriter(tmp_path, start_step=1):
+        pass
+    (row,) = read_metrics(tmp_path)
+    assert math.isnan(row["train/loss"])
+    assert (tmp_path / "metrics.jsonl").read_text() == f"{line}\n"
 
 
 def test_without_its_package_weights_and_biases_is_refused(tmp_path, monkeypatch):

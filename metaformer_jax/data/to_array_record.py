@@ -73,6 +73,7 @@ def _tfrecord_shards(info: Any, source: pathlib.Path) -> list[Shard]:
     shards = [
         shard
         for split in info.splits
+        if info.splits[split].num_examples
         for shard in tfds_metadata.split_shards(info, str(source), split)
     ]
     # What stands in place of the format in a name says where the format of the result goes.

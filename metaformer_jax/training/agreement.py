@@ -83,6 +83,11 @@ def check_same(
         )
 
 
+def of_first(is_so: bool) -> bool:
+    """What the first process says, for all of them."""
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(is_so)))
+
+
 def newest_step_of_first(workdir: pathlib.Path) -> int:
     """The step of the newest checkpoint that the first process sees; 0 without a checkpoint."""
     step = max(saved_steps(workdir), default=0) if is_first_process() else 0

@@ -5,7 +5,7 @@ import contextlib
 import pathlib
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import Self
+from typing import Any, Self
 
 import jax
 import ml_collections
@@ -14,11 +14,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from metaformer_jax.training import settings
 from metaformer_jax.training.step import TrainState
+from metaformer_jax.weights.converted import flat_tensors, orbax_handler
 from metaformer_jax.weights.errors import first_line
 from metaformer_jax.weights.integrity import write_checksums
 from metaformer_jax.weights.workdir import ORBAX_STEP_FILES, checkpoints_folder, newest_whole
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "metaformer-jax")
+
+_MAX_NAMED = 5
 
 
 class SaveError(RuntimeError):
@@ -57,6 +60,19 @@ class _Best:
         return [step == best for step in steps]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the training loop to ask whether the run should end.
+
+    Orbax would ask as well, for the step of the checkpoint, when it is written at last. JAX takes
+    the step that is named last for the one where the process is, and processes that have named a
+    later one would agree on a step that some of them have passed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run, one folder per step, with Orbax.
 
@@ -75,7 +91,7 @@ class Checkpoints:
         policy = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.LatestN(keep), self._best]
         )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             checkpoints_folder(workdir).absolute(),
             item_handlers={
                 "state": _state_handler(),
@@ -160,6 +176,13 @@ class Checkpoints:
         """
         step = self.latest_step()
         item = vars(abstract_state)
+        if others := self._other_shapes(step, item):
+            raise ValueError(
+                f"{self._manager.directory / str(step)} must hold the parameters of this run's "
+                "network, got others:\n" + "\n".join(others) + "\nBring network and classes back. "
+                "To train others from these weights, give a new --workdir and name this one by "
+                "config.model.pretrained; for other classes, with config.model.fresh_head=True."
+            )
         try:
             arrays = ocp.args.PyTreeRestore(
                 item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
@@ -169,6 +192,26 @@ class Checkpoints:
         except Exception as error:
             raise ValueError(self._why_not(step, config, error)) from error
         return TrainState(**restored["state"])
+
+    def _other_shapes(self, step: int | None, item: dict[str, Any]) -> list[str]:
+        """A line for each of the first parameters that has another shape, or is not there."""
+        folder = self._manager.directory / str(step) / "state"
+        try:
+            saved: dict[str, Any] = orbax_handler().metadata(folder).tree["params"]
+        # Damage shows when it is read.
+        except Exception:
+            return []
+        theirs, mine = (
+            {name: str(tuple(leaf.shape)) for name, leaf in flat_tensors(tree)}
+            for tree in (saved, item["params"])
+        )
+        lines = [
+            f"  {name}: {theirs.get(name, 'absent')} -> {mine.get(name, 'absent')}"
+            for name in sorted(theirs.keys() | mine.keys())
+            if theirs.get(name) != mine.get(name)
+        ]
+        more = len(lines) - _MAX_NAMED
+        return [*lines[:_MAX_NAMED], *([f"  and {more:,} more"] if more > 0 else [])]
 
     def _why_not(
         self, step: int | None, config: ml_collections.ConfigDict, error: Exception

@@ -323,4 +323,6 @@ def _largest(
         memory = compiled.memory if batch == own else compile_batch(batch).memory
         return memory.total if memory else None
 
-    return largest_that_fits(needed, own, unit=unit, limit=limit)
+    # A training takes no batch that is larger than its data.
+    most = len(compiled.run.train_source) // compiled.run.engine.mesh.size
+    return largest_that_fits(needed, own, unit=unit, limit=limit, most=most)

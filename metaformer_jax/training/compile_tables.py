@@ -120,10 +120,8 @@ def _rows(estimate: Estimate, config: ml_collections.ConfigDict) -> Iterator[tup
             f"program {_gib(memory.code)}",
         )
     if estimate.largest_batch is not None:
-        yield (
-            "largest batch",
-            f"{estimate.largest_batch:,} on each device, which was compiled",
-        )
+        found = f"{estimate.largest_batch:,} on each device, which was compiled"
+        yield "largest batch", found if estimate.largest_batch else "none fits"
     yield "multiply-adds", f"{estimate.model_flops / 1e12:,.3f} TFLOP of the model, a device"
     if estimate.flops:
         once = ", each loop once" if config.model.scan or config.accumulation_steps > 1 else ""

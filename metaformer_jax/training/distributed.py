@@ -60,12 +60,25 @@ def initialize(
             )
         if not 0 <= process_id < num_processes:  # type: ignore[operator]
             raise ValueError(f"`--process_id` must be in [0, {num_processes}), got {process_id}.")
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
-        )
+        host, _, port = str(coordinator_address).rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(
+                "`--coordinator_address` must be host:port of the first process, with a port from "
+                f"1 to {2**16 - 1}, got {coordinator_address!r}."
+            )
+        try:
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(
+                "The processes must find each other at --coordinator_address, got "
+                f"{coordinator_address!r}, where {str(error).splitlines()[0].rstrip('.')}. Give "
+                "the first process's host and a port that is free there."
+            ) from error
     elif distributed is not False and (
         sign := "--distributed" if distributed else _sign_of_several()
     ):

@@ -9,7 +9,7 @@ import jax
 from rich.console import Console
 
 from metaformer_jax.figures import to_array
-from metaformer_jax.training import settings
+from metaformer_jax.training import agreement, settings
 from metaformer_jax.training.checkpoint import Checkpoints
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.training.evaluation import Evaluation, StoppedError, evaluate_state
@@ -83,14 +83,16 @@ class TrainingLoop:
             state = self._checkpoints.restore(engine.abstract_state, self._config)
         else:
             state = engine.with_weights(engine.initial_state(), variables)
-        if start_step < run.total_steps or self._lacks_evaluation(start_step):
-            return self._train(state, start_step)
+        # Network file systems may show other processes older metrics than the first one's.
+        lacks_evaluation = agreement.of_first(self._lacks_evaluation(start_step))
+        if start_step < run.total_steps or lacks_evaluation:
+            return self._train(state, start_step, evaluates_first=lacks_evaluation)
         run.write_provenance(self._workdir)
         return evaluate_state(
             run, engine.averaged(state) if state.ema else state, console=self._console
         )
 
-    def _train(self, state: TrainState, start_step: int) -> Evaluation:
+    def _train(self, state: TrainState, start_step: int, *, evaluates_first: bool) -> Evaluation:
         """Trains from after `start_step` to the end."""
         run, config, total_steps = self._run, self._config, self._run.total_steps
         pending = PendingMetrics(self._guard, self._checkpoints.pending_metrics())
@@ -113,7 +115,7 @@ class TrainingLoop:
             ) as progress,
         ):
             saving = Saving(run, self._workdir, self._checkpoints, pending, writer)
-            if self._lacks_evaluation(start_step):
+            if evaluates_first:
                 evaluation = self._evaluate(state, start_step, writer)
             if start_step >= total_steps:
                 run.write_provenance(self._workdir)

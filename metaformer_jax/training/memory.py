@@ -48,7 +48,7 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
 
 
 def largest_that_fits(
-    needed: Callable[[int], int | None], batch: int, *, unit: int, limit: int
+    needed: Callable[[int], int | None], batch: int, *, unit: int, limit: int, most: int
 ) -> int | None:
     """The largest batch per device, a multiple of `unit`, that needs at most `limit` bytes.
 
@@ -61,6 +61,7 @@ def largest_that_fits(
         batch: where the search starts.
         unit: the answer is a multiple of this.
         limit: bytes.
+        most: no larger batch is asked for.
 
     Returns:
         The batch; 0 if none fits; None if no two batches that fit could be found.
@@ -72,11 +73,11 @@ def largest_that_fits(
             return None
         need = needed(upper)
     other = upper // 2 // unit * unit or 2 * upper
-    other_need = needed(other)
+    other_need = needed(other) if other <= most else None
     if other_need is None:
         return None
     slope = max((other_need - need) / (other - upper), 1)
-    largest = int(upper + (limit - need) / slope) // unit * unit
+    largest = min(int(upper + (limit - need) / slope), most) // unit * unit
     while largest > 0:
         need = needed(largest)
         if need is not None and need <= limit:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from metaformer_jax.training.guard import Guard
+from metaformer_jax.weights.errors import first_line
 from metaformer_jax.weights.workdir import CONFIG
 
 # Steps that may wait for the devices. Each holds its batch in their memory, and all of them are
@@ -103,7 +104,7 @@ class MetricWriter:
         self._path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         rewritten = self._path.with_suffix(".tmp")
-        rewritten.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        rewritten.write_text("".join(map(_line, rows)))
         rewritten.replace(self._path)
         self._wandb = _start_wandb(wandb_project, workdir, config or {}) if wandb_project else None
         self._file = self._path.open("a")
@@ -116,7 +117,7 @@ class MetricWriter:
         values = {
             f"{group}/{name}": value for group, row in groups.items() for name, value in row.items()
         }
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(_line({"step": step, **values}))
         self._file.flush()
         self._events.add_scalars(step, values)
         if self._wandb is not None:
@@ -149,6 +150,12 @@ class MetricWriter:
         self._events.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(kind is not None))
+
+
+def _line(row: dict[str, float]) -> str:
+    # JSON has no infinity and no NaN.
+    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite) + "\n"
 
 
 def _is_gone(path: pathlib.Path) -> bool:
@@ -232,14 +239,22 @@ def import_wandb(project: str) -> Any:
 def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) -> Any:
     # A resumed run is the same run at W&B: its id is derived from the folder.
     run_id = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
-    return import_wandb(project).init(
-        project=project,
-        id=run_id,
-        name=workdir.name,
-        dir=str(workdir),
-        config=config,
-        resume="allow",
-    )
+    wandb = import_wandb(project)
+    try:
+        return wandb.init(
+            project=project,
+            id=run_id,
+            name=workdir.name,
+            dir=str(workdir),
+            config=config,
+            resume="allow",
+        )
+    # Its errors have no class in common.
+    except Exception as error:
+        raise ValueError(
+            f"`config.wandb.project` must be one that this machine can write to, got {project!r}: "
+            f"{first_line(error).rstrip('.')}. Log in by `wandb login`, or leave it empty."
+        ) from error
 
 
 def read_accuracies(workdir: pathlib.Path) -> dict[int, float]:
@@ -264,10 +279,11 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            content = json.loads(line)
+            row = {name: math.nan if v is None else v for name, v in content.items()}
             if not isinstance(row["step"], int):
                 raise TypeError(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             shown = line[:50].decode(errors="replace")
             raise ValueError(
                 f"Line {number} of {path} must be the JSON of a step, got {shown!r}. Mend the "

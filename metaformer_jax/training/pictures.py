@@ -73,6 +73,7 @@ def batch_figure(
     class_names: Sequence[str],
     *,
     title: str,
+    smallest: float = 0.0,
 ) -> "Figure":
     """A grid of training images as a step sees them, with their two main classes and weights.
 
@@ -81,11 +82,12 @@ def batch_figure(
         targets: the class probabilities of the loss.
         class_names: for the captions.
         title: above the grid.
+        smallest: the weight that smoothing gives to every class; those of the image have more.
     """
     captions = []
     for target in targets:
-        # Smoothing gives every class some weight; the classes of the image stand out.
-        main = [index for index in np.argsort(-target)[:2] if target[index] > 2 * target.min()]
+        first, *others = np.argsort(-target)[:2]
+        main = [first, *(index for index in others if target[index] > smallest + 1e-4)]
         captions.append(
             "\n".join(f"{_shortened(class_names[index], 19)} {target[index]:.0%}" for index in main)
         )

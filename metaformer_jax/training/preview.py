@@ -57,4 +57,5 @@ def draw_inputs(run: Run, batch: dict[str, jax.Array], step: int) -> "Figure":
         targets,
         run.class_names,
         title=f"training images of step {step + 1}",
+        smallest=run.config.label_smoothing / len(run.class_names),
     )

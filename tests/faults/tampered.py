@@ -5,6 +5,8 @@
 {"damage": [3, "/path", 100]}     in the third step a file is cut to 100 bytes, a folder removed
 {"note": "/path/indices.jsonl"}   writes down which examples each step trains on
 {"poison": true}                  an image of one colour is not finite on the device
+{"fail": 8}                       an error that nobody foresaw, when so many steps were sent
+{"slow": 4}                       takes so many seconds to open the data
 {"keep": true}                    keeps what it compiles, though it is not the first process
 """
 
@@ -217,6 +219,27 @@ def _poison_plain_images():
     DeviceTransform.training = training
 
 
+def _fail(n):
+    from metaformer_jax.training.metrics import PendingMetrics
+
+    def fail(*_):
+        raise RuntimeError("nobody foresaw this")
+
+    _before(PendingMetrics, "add", _nth(n, fail))
+
+
+def _open_slowly(seconds):
+    import time
+
+    from metaformer_jax.training import run
+
+    def wait(*_):
+        print("opening slowly", flush=True)
+        time.sleep(seconds)
+
+    _before(run, "open_source", wait)
+
+
 def _keep_what_is_compiled():
     # JAX lets the first process alone write, but on CPUs each looks for names of its own.
     from jax._src import compiler, distributed
@@ -233,7 +256,9 @@ def _keep_what_is_compiled():
     compiler._cache_write = write
 
 
-def _tamper(die=None, by="SIGKILL", damage=None, note=None, poison=False, keep=False):
+def _tamper(
+    *, die=None, by="SIGKILL", damage=None, note=None, poison=False, fail=0, slow=0, keep=False
+):
     if die:
         global _signal
         _signal = signal.Signals[by]
@@ -245,6 +270,10 @@ def _tamper(die=None, by="SIGKILL", damage=None, note=None, poison=False, keep=F
         _note_examples(note)
     if poison:
         _poison_plain_images()
+    if fail:
+        _fail(fail)
+    if slow:
+        _open_slowly(slow)
     if keep:
         _keep_what_is_compiled()
 

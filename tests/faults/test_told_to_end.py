@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -75,6 +76,21 @@ def test_a_background_job_ignores_ctrl_c_from_its_start_on(tmp_path):
     code, _, errors = trainings.end(process)
     assert code == USAGE_ERROR
     assert "`config.batch_size` must be positive" in trainings.error_line(errors)
+
+
+def test_told_while_it_opens_its_data_a_process_alone_ends_however_it_was_started(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    alone = [f"--coordinator_address={address}", "--num_processes=1", "--process_id=0"]
+    process = trainings.start(
+        tmp_path / "new", *alone, tamper={"slow": 60}, JAX_COORDINATOR_BIND_ADDRESS=address
+    )
+    with trainings.ended(process):
+        _read_until(process, "opening slowly")
+        process.send_signal(signal.SIGTERM)
+        assert trainings.end(process, seconds=30)[0] == PREEMPTED
+    assert not (tmp_path / "new").exists()
 
 
 def test_told_while_it_compiles_it_ends_at_once(tmp_path):

@@ -119,6 +119,16 @@ def test_an_error_of_one_of_two_processes_ends_both(tmp_path):
     assert code in (TRAINING_FAILED, -signal.SIGABRT)
 
 
+def test_an_error_that_nobody_foresaw_ends_both(tmp_path):
+    processes = trainings.start_two(tmp_path, tampers=(None, {"fail": 8}))
+    with trainings.ended(*processes):
+        code, _, errors = trainings.end(processes[1])
+        assert code == TRAINING_FAILED
+        assert "RuntimeError: nobody foresaw this" in errors
+        code, _, errors = trainings.end(processes[0], seconds=60)
+    assert code in (TRAINING_FAILED, -signal.SIGABRT)
+
+
 def test_an_evaluation_by_two_processes_ends_when_told(undisturbed):
     tamper = {"die": ["evaluation", 1], "by": "SIGTERM"}
     processes = trainings.start_two(undisturbed, "--mode=eval", tampers=(None, tamper))
