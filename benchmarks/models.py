@@ -333,7 +333,8 @@ def main(argv=None):
         parser.error("--sides must have ours, which the others are compared with.")
     # The sides share a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    console = Console()
+    # A file or a pipe has no width to fit into.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     # Ours makes the weights that the others read.
     sides = sorted(args.sides, key=list(SIDES).index)
     rows = []
