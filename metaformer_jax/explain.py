@@ -38,7 +38,7 @@ def grad_cam(
             mode, or does not take the images; there is not one class per image, or (outside
             `jax.jit`) one is out of range.
     """
-    _check_drops_nothing(model)
+    _check_can_be_explained(model)
     model.check_images(images)
     stage = _checked_stage(model, stage)
     if model.head is None:
@@ -89,7 +89,7 @@ def attention_maps(
         ValueError: there is no such stage, its blocks have no attention, or the model has active
             dropout in training mode.
     """
-    _check_drops_nothing(model)
+    _check_can_be_explained(model)
     model.check_images(images)
     stage = _checked_stage(model, stage)
     if not has_attention(model, stage):
@@ -133,7 +133,7 @@ def has_attention(model: MetaFormer, stage: int = -1) -> bool:
     return bool(blocks) and all(isinstance(block.token_mixer, Attention) for block in blocks)
 
 
-def _check_drops_nothing(model: MetaFormer) -> None:
+def _check_can_be_explained(model: MetaFormer) -> None:
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model))):
         raise ValueError(
             "`model` must have values to be explained, got one made under nnx.eval_shape. Load its "
@@ -148,7 +148,7 @@ def _check_drops_nothing(model: MetaFormer) -> None:
 
 def _checked_stage(model: MetaFormer, stage: int) -> int:
     num_stages = len(model.stages)
-    if type(stage) is not int or not -num_stages <= stage < num_stages:
+    if not isinstance(stage, int | np.integer) or not -num_stages <= stage < num_stages:
         raise ValueError(
             f"`stage` must be in [0, {num_stages}), or count from -1 for the last, got {stage!r}."
         )

@@ -200,7 +200,7 @@ def main(argv: list[str]) -> None:
         sys.exit(_tell(error, USAGE_ERROR))
     except (ValueError, FileNotFoundError, ImportError, DownloadError) as error:
         code = _tell(error, USAGE_ERROR)
-    except (FloatingPointError, DataError, SaveError) as error:
+    except (FloatingPointError, DataError, SaveError, distributed.ClusterError) as error:
         code = _tell(error, TRAINING_FAILED)
     except TrainingError as error:
         # Nobody foresaw it, and it may take days to come again.

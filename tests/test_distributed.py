@@ -147,5 +147,6 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
         raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server\n...")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(ValueError, match="at --coordinator_address, got 'host:80', where UNKNOWN"):
+    message = "at --coordinator_address, got 'host:80': UNKNOWN: Failed to start RPC server. Give"
+    with pytest.raises(distributed.ClusterError, match=message):
         distributed.initialize("host:80", 2, 0)

@@ -25,6 +25,10 @@ _GOOGLE_PCI_VENDOR = "0x1ae0"
 _HEARTBEAT_TIMEOUT_SECONDS = 30
 
 
+class ClusterError(RuntimeError):
+    """The processes of a training do not find each other, which may pass."""
+
+
 def initialize(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
@@ -43,8 +47,9 @@ def initialize(
             machine of Google Cloud with TPUs it asks the metadata server.
 
     Raises:
-        ValueError: an argument is missing, the environment does not describe a cluster, or the
-            devices belong to several processes that are not connected.
+        ValueError: an argument is missing or wrong, the environment does not describe a cluster, or
+            the devices belong to several processes that are not connected.
+        ClusterError: the processes do not find each other at the given address.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -74,10 +79,10 @@ def initialize(
                 heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
             )
         except jax.errors.JaxRuntimeError as error:
-            raise ValueError(
+            raise ClusterError(
                 "The processes must find each other at --coordinator_address, got "
-                f"{coordinator_address!r}, where {str(error).splitlines()[0].rstrip('.')}. Give "
-                "the first process's host and a port that is free there."
+                f"{coordinator_address!r}: {str(error).splitlines()[0].rstrip('.')}. Give the "
+                "first process's host and a port that is free there, and start all of them."
             ) from error
     elif distributed is not False and (
         sign := "--distributed" if distributed else _sign_of_several()

@@ -154,8 +154,8 @@ class MetricWriter:
 
 def _line(row: dict[str, float]) -> str:
     # JSON has no infinity and no NaN.
-    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-    return json.dumps(finite) + "\n"
+    lost = [name for name, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+    return json.dumps(row | dict.fromkeys(lost)) + "\n"
 
 
 def _is_gone(path: pathlib.Path) -> bool:
