@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 # What a checkpoint of one name may differ in.
 _SETTINGS = ("num_classes", "in_channels", "image_size")
+_PROG = "python -m metaformer_jax.convert"
 
 
 def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=__doc__.replace("python -m metaformer_jax.convert", prog),
+        description=__doc__.replace(_PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -168,9 +169,7 @@ def _check_as_asked(model: "MetaFormer", asked: dict[str, Any]) -> None:
             raise ValueError(f"{flag} must be what the checkpoint has, {found}, got {value}.")
 
 
-def main(
-    argv: Sequence[str] | None = None, *, prog: str = "python -m metaformer_jax.convert"
-) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
     """Runs the program: 0 if all was written, 2 and one message if not."""
     # The paths on the command line are checked by modules that take seconds to import.
     return programs.run(

@@ -25,13 +25,14 @@ SOME_LEFT_OUT = 1
 # What a picture of explanations can show at a readable size.
 MAX_EXPLAINED = 48
 FORMATS = ("table", "csv", "jsonl")
+_PROG = "python -m metaformer_jax.predict"
 
 
 def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=__doc__.replace("python -m metaformer_jax.predict", prog),
+        description=__doc__.replace(_PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit code: 0 if every picture was predicted, 1 if some were left out (each is "
         "named),\n2 if nothing could be done.",
@@ -115,9 +116,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def main(
-    argv: Sequence[str] | None = None, *, prog: str = "python -m metaformer_jax.predict"
-) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
     """Predicts, prints or writes; returns the exit code."""
     args = parse_args(argv, prog)
     with warnings.catch_warnings():

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from metaformer_jax import programs
 
+_PROG = "python -m metaformer_jax.validate"
 
-def main(
-    arguments: Sequence[str] | None = None, *, prog: str = "python -m metaformer_jax.validate"
-) -> int:
-    """Prints top-1, top-5 and loss; returns the exit code."""
+
+def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0])
     parser.add_argument("data", help="the folder that holds val/<class>/*")
     parser.add_argument("--model", required=True, help="a published name")
@@ -30,13 +30,18 @@ def main(
     parser.add_argument("--interpolation", help="by default the model's")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
     parser.add_argument("-j", "--workers", type=int, default=-1, help="-1: one for each core")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
+    """Prints top-1, top-5 and loss; returns the exit code."""
+    args = parse_args(argv, prog)
     return programs.run(
-        lambda: _validate(options), if_device_fails="A smaller --batch-size takes less memory."
+        lambda: _validate(args), if_device_fails="A smaller --batch-size takes less memory."
     )
 
 
-def _validate(options: argparse.Namespace) -> None:
+def _validate(args: argparse.Namespace) -> None:
     # Imported here: --help and a mistyped option are answered at once.
     from absl import logging
     from rich.console import Console
@@ -48,32 +53,32 @@ def _validate(options: argparse.Namespace) -> None:
     from metaformer_jax.weights import workdir
 
     logging.set_verbosity(logging.WARNING)
-    info = models.model_info(options.model)
+    info = models.model_info(args.model)
     images = trained.published_settings(info.name, channels=3)
-    if workdir.is_workdir(path := local_path(options.checkpoint)):
+    if workdir.is_workdir(path := local_path(args.checkpoint)):
         images |= trained.read_settings(path).settings
     asked = {
-        "image_size": options.img_size,
-        "crop_fraction": options.crop_pct,
-        "interpolation": options.interpolation,
+        "image_size": args.img_size,
+        "crop_fraction": args.crop_pct,
+        "interpolation": args.interpolation,
     }
     images |= {name: value for name, value in asked.items() if value is not None}
     config = recipes.base_config()
     config.model.update(
         name=info.name,
-        pretrained=options.checkpoint,
-        dtype="bfloat16" if options.amp else "float32",
+        pretrained=args.checkpoint,
+        dtype="bfloat16" if args.amp else "float32",
     )
     config.data.update(
         name="folder",
-        root=str(local_path(options.data)),
+        root=str(local_path(args.data)),
         image_size=images["image_size"],
         mean=tuple(images["mean"]),
         std=tuple(images["std"]),
-        num_workers=options.workers,
+        num_workers=args.workers,
     )
     config.update(
-        eval_batch_size=options.batch_size,
+        eval_batch_size=args.batch_size,
         eval_crop_fraction=images["crop_fraction"],
         eval_interpolation=images["interpolation"],
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from metaformer_jax import models
 
-
+_PROG = "python -m metaformer_jax.zoo"
 _COLOURS = {
     "identityformer": "#8a8a8a",
     "randformer": "#b07aa1",
@@ -42,10 +42,8 @@ _TRAININGS: dict[str, tuple[str, Any, bool]] = {
 }
 
 
-def main(
-    arguments: Sequence[str] | None = None, *, prog: str = "python -m metaformer_jax.zoo"
-) -> int:
-    """Prints the table; returns the exit code."""
+def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Print the published models; parameters and multiply-adds (MACs) are counted "
@@ -58,8 +56,13 @@ def main(
         metavar="FILE",
         help="draw the published accuracies against the counts, as .png, .svg or .pdf",
     )
-    options = parser.parse_args(arguments)
-    return programs.run(lambda: _show(options.pattern, options.plot))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
+    """Prints the table; returns the exit code."""
+    args = parse_args(argv, prog)
+    return programs.run(lambda: _show(args.pattern, args.plot))
 
 
 def _show(pattern: str | None, plot: pathlib.Path | None) -> None:

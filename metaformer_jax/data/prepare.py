@@ -21,7 +21,7 @@ from metaformer_jax.paths import local_path
 _PROG = "python -m metaformer_jax.data.prepare"
 
 
-def parse_args(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> pathlib.Path:
 
 def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
     """Runs the program: 0 if all was written, 2 and one message if not."""
-    args = parse_args(argv, prog=prog)
+    args = parse_args(argv, prog)
     return programs.run(lambda: _prepare(args), if_interrupted="interrupted; there is no result")
 
 
