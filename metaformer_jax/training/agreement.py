@@ -32,7 +32,6 @@ _SHOWS_AFTER_SECONDS = 5
 _LISTED_FOR_SECONDS = 60
 _MAX_HOST_BYTES = 64
 _MAX_TOLD_BYTES = 1024
-_MAX_NAMED = 5
 
 
 class DisagreementError(ValueError):
@@ -73,12 +72,12 @@ def check_same(
         tensors = {".".join(map(str, path)): np.asarray(variables[path]) for path in variables}
         mine["CRC-32C of config.model.pretrained"] = crc32c_of_tensors(tensors, {})
     lines = settings.differences(json.loads(_of_first(json.dumps(mine).encode())), mine)
-    told = _told_by_all("\n".join([*lines[:_MAX_NAMED], *_more(lines)]))
+    told = _told_by_all("\n".join(settings.first_few(lines)))
     if others := [f"{process}:\n{text}" for process, text in told if text]:
         raise DisagreementError(
             "All processes must have the same config and data, but some have others than "
             f"{told[0][0]}:\n"
-            + "\n".join([*others[:_MAX_NAMED], *_more(others)])
+            + "\n".join(settings.first_few(others))
             + "\nStart all of them by the same command, with the same files on each host."
         )
 
@@ -113,7 +112,7 @@ def agreed_newest_step(workdir: pathlib.Path) -> int:
         raise DisagreementError(
             f"`workdir` must show the same checkpoints to all processes, got step {step:,} as the "
             f"newest in {checkpoints_folder(workdir)} for {told[0][0]}, but "
-            f"{', '.join([*others[:_MAX_NAMED], *_more(others)])}, even after "
+            f"{', '.join(settings.first_few(others))}, even after "
             f"{_LISTED_FOR_SECONDS} s. Start again when all hosts see the same files there."
         )
     return step
@@ -142,7 +141,7 @@ def check_shared(workdir: pathlib.Path) -> None:
             f"`workdir` must be one folder for all processes, got {str(workdir)!r} for process "
             f"{jax.process_index()} on {socket.gethostname()}; what the first process writes in "
             "its own does not show for "
-            f"{', '.join([*blind[:_MAX_NAMED], *_more(blind)])}. Use a folder that all hosts "
+            f"{', '.join(settings.first_few(blind))}. Use a folder that all hosts "
             "share: NFS or Filestore, for example."
         )
 
@@ -170,10 +169,6 @@ def _told_by_all(text: str) -> list[tuple[str, str]]:
         for theirs in told
     ]
     return [(f"process {index} on {host}", text) for index, (host, text) in enumerate(decoded)]
-
-
-def _more(named: list[str]) -> list[str]:
-    return [f"and {len(named) - _MAX_NAMED:,} more"] if len(named) > _MAX_NAMED else []
 
 
 def _shows(path: pathlib.Path) -> bool:

@@ -21,8 +21,6 @@ from metaformer_jax.weights.workdir import ORBAX_STEP_FILES, checkpoints_folder,
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "metaformer-jax")
 
-_MAX_NAMED = 5
-
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written."""
@@ -205,13 +203,9 @@ class Checkpoints:
             {name: str(tuple(leaf.shape)) for name, leaf in flat_tensors(tree)}
             for tree in (saved, item["params"])
         )
-        lines = [
-            f"  {name}: {theirs.get(name, 'absent')} -> {mine.get(name, 'absent')}"
-            for name in sorted(theirs.keys() | mine.keys())
-            if theirs.get(name) != mine.get(name)
-        ]
-        more = len(lines) - _MAX_NAMED
-        return [*lines[:_MAX_NAMED], *([f"  and {more:,} more"] if more > 0 else [])]
+        absent = dict.fromkeys([*theirs, *mine], "absent")
+        lines = settings.differences(absent | theirs, absent | mine)
+        return settings.first_few(lines, indent="  ")
 
     def _why_not(
         self, step: int | None, config: ml_collections.ConfigDict, error: Exception

@@ -23,7 +23,6 @@ from metaformer_jax.weights.workdir import (
 _ARCHITECTURE = tuple(f"model.{field}" for field in ("name", "family", "depths", "dims"))
 # Weights depend on the normalisation of training; size, crop and filter may be changed.
 _NORMALISATION = ("data.mean", "data.std")
-_MAX_NAMED = 5
 
 
 def write_provenance(
@@ -140,8 +139,7 @@ def _class_changes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> list[
         return []
     pairs = itertools.zip_longest(theirs, class_names, fillvalue="(absent)")
     changes = [f"  {label}: {old} -> {new}" for label, (old, new) in enumerate(pairs) if old != new]
-    more = len(changes) - _MAX_NAMED
-    return [*changes[:_MAX_NAMED], *([f"  and {more:,} more"] if more > 0 else [])]
+    return settings.first_few(changes, indent="  ")
 
 
 def _config_changes(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:

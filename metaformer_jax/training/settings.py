@@ -14,6 +14,9 @@ from metaformer_jax.training import fields, recipes
 # The largest side, in pixels, of a resized image from which an evaluation takes its centre crop.
 _MAX_RESIZED = 2**15
 
+# Lines of a message that are shown.
+_MAX_NAMED = 5
+
 
 def check_fields(config: ml_collections.ConfigDict) -> None:
     """Checks that a config has all known fields, no others, and valid values.
@@ -116,6 +119,12 @@ def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
         for field in sorted({*theirs, *mine})
         if theirs.get(field, absent) != mine.get(field, absent)
     ]
+
+
+def first_few(lines: list[str], *, indent: str = "") -> list[str]:
+    """The first lines of a message, and how many more there are."""
+    more = len(lines) - _MAX_NAMED
+    return [*lines[:_MAX_NAMED], *([f"{indent}and {more:,} more"] if more > 0 else [])]
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
