@@ -17,6 +17,10 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/cpu.md": "speed_on_cpus.md",
+    "benchmarks/gpu.md": "speed_on_gpus.md",
+    "benchmarks/tpu.md": "speed_on_tpus.md",
+    "benchmarks/input_pipeline.md": "speed_of_the_input_pipeline.md",
 }
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
