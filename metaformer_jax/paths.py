@@ -1,7 +1,11 @@
-"""Paths as users give them, and the folder for what can be made again."""
+"""Paths as users give them, the folder for what can be made again, and outputs that are whole."""
 
+import contextlib
 import os
 import pathlib
+import secrets
+import shutil
+from collections.abc import Iterator
 
 
 def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -14,3 +18,36 @@ def cache_folder() -> pathlib.Path:
     if folder := os.environ.get("METAFORMER_JAX_CACHE"):
         return local_path(folder)
     return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "metaformer_jax"
+
+
+@contextlib.contextmanager
+def when_whole(target: pathlib.Path, *, is_folder: bool) -> Iterator[pathlib.Path]:
+    """A temporary place beside `target`, which takes its name, and its place, once all is written.
+
+    After an error or an interrupt nothing is left; after a killed process a hidden
+    `.<name>.partial-*` is.
+
+    Args:
+        target: absolute; what is there is replaced.
+        is_folder: whether the place is a new folder, or free for a file.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A name may have 255 bytes, of which those of the target can be all.
+    hidden = f".{target.name[:32]}"
+    partial = target.with_name(f"{hidden}.partial-{secrets.token_hex(4)}{target.suffix}")
+    try:
+        if is_folder:
+            partial.mkdir()
+        yield partial
+        if is_folder and target.exists():
+            replaced = target.with_name(f"{hidden}.replaced-{secrets.token_hex(4)}")
+            target.rename(replaced)
+            partial.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            partial.replace(target)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)

@@ -40,6 +40,14 @@ def test_an_output_appears_under_its_name_only_when_it_is_whole(tmp_path, is_fol
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path, is_folder):
+    path = tmp_path / ("\N{GREEK SMALL LETTER ALPHA}" * 127)
+    for text in ("first", "second"):
+        write(path, text, is_folder=is_folder, force=True)
+        assert read(path, is_folder=is_folder) == text
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_after_an_error_or_an_interrupt_nothing_is_left(tmp_path, is_folder, error):
     def fail():

@@ -339,6 +339,18 @@ def test_loaded_arrays_are_placed_as_those_that_they_replace():
     assert_same(values(model), expected)
 
 
+def test_loaded_arrays_have_the_dtype_of_those_that_they_replace():
+    model = create_model(SMALL, pretrained=folder_once(), rngs=nnx.Rngs(0))
+    expected = {path: array.astype(jnp.bfloat16) for path, array in values(model).items()}
+    for variable in variables_of(model).values():
+        variable.set_value(jnp.zeros(variable.shape, jnp.bfloat16))
+    load_weights(model, folder_once())
+    assert {variable.dtype for variable in variables_of(model).values()} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    assert_same(values(model), expected)
+
+
 def test_saving_refuses_what_a_file_cannot_hold(tmp_path):
     model = abstract_model()
     for output, layout, message in (

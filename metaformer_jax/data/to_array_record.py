@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from metaformer_jax.data import storage, tfds_metadata
 from metaformer_jax.data.records import Shard, check_count, check_present
 from metaformer_jax.data.tfrecord import read_records
-from metaformer_jax.paths import local_path
+from metaformer_jax.paths import local_path, when_whole
 
 _INFO = "dataset_info.json"
 # One record to a chunk, as random access wants it. Encoded images do not get any smaller.
@@ -56,7 +55,11 @@ def convert_dataset(
     inner = (info.name, info.config_name or "", str(info.version))
     target = local_path(data_dir).absolute().joinpath(*inner)
     _check_target(target, source, force=force)
-    with _whole_folder(target) as partial, _progress(console, num_bytes) as advance:
+    # TFDS sees no version in the name of the partial folder.
+    with (
+        when_whole(target, is_folder=True) as partial,
+        _progress(console, num_bytes) as advance,
+    ):
         storage.in_threads(
             functools.partial(_convert_file, folder=partial, advance=advance),
             shards,
@@ -127,24 +130,6 @@ def _check_target(target: pathlib.Path, source: pathlib.Path, *, force: bool) ->
             f"`data_dir` must not hold the result yet, got {target}. Choose another place, or "
             "replace it with force=True (--force)."
         )
-
-
-@contextlib.contextmanager
-def _whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside the target, which takes its place once all is written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # TFDS sees no version in such a name.
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    replaced = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,10 @@ import contextlib
 import os
 import pathlib
 import re
-import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 
-from metaformer_jax.paths import local_path
+from metaformer_jax.paths import local_path, when_whole
 from metaformer_jax.weights.integrity import CHECKSUMS_NAME
 
 # The file by which a converted folder is known, written last.
@@ -129,29 +127,12 @@ def whole_output(
 ) -> Iterator[pathlib.Path]:
     """A temporary place beside the output, which takes its name once all is written.
 
-    After an error or an interrupt nothing is left; after a killed process a hidden
-    `.<name>.partial-*` is.
+    See `when_whole`.
 
     Raises:
         FileExistsError, OSError: see `check_output`.
     """
     path = check_output(path, force=force, is_folder=is_folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        if is_folder:
-            partial.mkdir()
+    with when_whole(path, is_folder=is_folder) as partial:
         yield partial
         check_output(path, force=force, is_folder=is_folder)
-        if is_folder and path.exists():
-            replaced = path.with_name(f".{path.name}.replaced-{secrets.token_hex(4)}")
-            path.rename(replaced)
-            partial.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            partial.replace(path)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)

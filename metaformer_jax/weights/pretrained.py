@@ -110,7 +110,7 @@ def load_weights(
     class_map: PathLike | None = None,
     fit_channels: bool = False,
 ) -> None:
-    """Loads weights into a model in place; each array keeps the sharding of the one it replaces.
+    """Loads weights into a model in place; arrays keep the dtypes and shardings of the model's.
 
     Every array must fit, except for what the last three arguments allow.
 
@@ -241,9 +241,12 @@ def build_abstract(name: str, **settings: Any) -> MetaFormer:
 
 
 def fill(model: MetaFormer, variables: Variables) -> None:
-    """Puts values into a model, each with the sharding of the array that it replaces."""
+    """Puts values into a model, each with dtype and sharding of the array that it replaces."""
     targets = variables_of(model)
     old = {path: targets[path].get_value() for path in variables}
+    variables = {
+        path: values.astype(old[path].dtype, copy=False) for path, values in variables.items()
+    }
     placed = {
         path: jax.make_array_from_callback(values.shape, old[path].sharding, values.__getitem__)
         for path, values in variables.items()
