@@ -1,6 +1,6 @@
 # make train   install, and train a small CAFormer on handwritten digits
-# make test    install what most tests need, and run them; tests of the extras onnx, demo, prepare
-#              and tpu are skipped where these are not installed
+# make test    install what most tests need, and run them; tests of the extras onnx, demo, prepare,
+#              tpu and gpu are skipped where these are not installed
 # make lint    linter, formatter and type checker
 # make docs    the pages as a site, in site/index.html
 # make lock    write constraints.txt anew from the newest releases

@@ -51,8 +51,8 @@ _OUTPUT = flags.DEFINE_string(
 _TOPOLOGY = flags.DEFINE_list(
     "topology",
     None,
-    "With --mode=compile: a TPU slice, such as v5e:4x4, or several for a table of how the step "
-    "scales. By default the devices of this machine.",
+    "With --mode=compile: a TPU slice, such as v5e:4x4, or GPUs, such as h100:8, or several of "
+    "them for a table of how the step scales. By default the devices of this machine.",
 )
 _BATCH_PER_DEVICE = flags.DEFINE_integer(
     "batch_per_device", None, "With --mode=compile: replaces config.batch_size.", lower_bound=1

@@ -43,7 +43,7 @@ def install():
         if importlib.util.find_spec(package) is None:
             for name, contents in {package: {}, **modules}.items():
                 _add(name, contents)
-            if package == "libtpu":
+            if package in ("libtpu", "jax_cuda13_plugin"):
                 topologies.get_topology_desc = _topology
 
 
@@ -118,8 +118,8 @@ class _Bucket(DirFileSystem):
 
 
 def _topology(*, platform, topology_name, **options):
-    """This machine in place of a slice that only libtpu knows."""
-    assert platform == "tpu"
+    """This machine in place of devices that only their compilers know."""
+    assert platform in ("tpu", "cuda")
     return types.SimpleNamespace(devices=jax.devices())
 
 
@@ -252,6 +252,7 @@ _PACKAGES = {
         "jax2onnx": {"to_onnx": _to_onnx},
         "onnx": {"checker": types.SimpleNamespace(check_model=lambda file, full_check: None)},
     },
+    "jax_cuda13_plugin": {},
     "libtpu": {},
     "mkdocs": {"mkdocs.structure.files": {"File": _SiteFile}},
     "starlette": {

@@ -12,7 +12,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from metaformer_jax.training import compile, compile_tables, devices, recipes
+from metaformer_jax.training import compile, compile_tables, devices, gpus, hlo, recipes, topology
 from metaformer_jax.training.compile import compile_training
 from metaformer_jax.training.described import described_sources
 from metaformer_jax.training.topology import topology_devices
@@ -27,6 +27,12 @@ TINY = {
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='needs TPUs\' compiler: pip install -e ".[tpu]"',
+)
+
+
+needs_cuda = pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, topology.CUDA_PACKAGES)),
+    reason='needs GPUs\' compiler: pip install -e ".[gpu]"',
 )
 
 
@@ -76,16 +82,23 @@ def test_a_topology_that_is_none_is_one_line_with_good_ones():
     assert "v5e:4x4" in line
 
 
-@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2x2x2", "v4:4x4", "v5e:0x2", "v5e:32x32"])
-def test_only_names_of_slices_are_taken(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("v5e", "v9:2x2", "v5e:2x2x2", "v4:4x4", "v5e:0x2", "v5e:32x32"),
+        *("h100", "h1000:8", "h100:0", "h100:2x2x8", "h100:999x8", "a100-:8"),
+    ],
+)
+def test_only_names_of_slices_and_gpus_are_taken(name):
     with pytest.raises(ValueError, match="There are, for example: "):
         topology_devices(name)
 
 
-def test_without_tpus_compiler_the_extra_is_named(monkeypatch):
+def test_without_a_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[tpu\]"'):
-        topology_devices("v5e:4x4")
+    for name, extra in (("v5e:4x4", "tpu"), ("h100:8", "gpu")):
+        with pytest.raises(ImportError, match=rf'pip install -e "\.\[{extra}\]"'):
+            topology_devices(name)
 
 
 def test_a_batch_that_does_not_divide_is_refused_as_in_training():
@@ -135,6 +148,15 @@ def test_data_that_is_there_is_used():
     assert text == "digits: 1,442 examples of 10 classes"
 
 
+def test_each_gpu_has_a_name_that_tells_its_peak():
+    for gpu in gpus.GPUS.values():
+        assert gpus.gpu_of_kind(gpu.device_kind) is gpu
+        # Multiply-adds of the tensor cores of a multiprocessor in a cycle, for bfloat16.
+        macs = {8: 1024, 9: 2048}[gpu.capability[0]]
+        boost = gpu.clock_ghz * 1e9 * gpu.num_cores * macs * 2
+        assert devices.peak_flops(gpu.device_kind) == pytest.approx(boost, rel=0.1)
+
+
 def test_clocks_agree_with_the_peaks_of_the_data_sheets():
     # Multiply-adds of all matrix units in a cycle.
     for kind, macs in {
@@ -147,23 +169,65 @@ def test_clocks_agree_with_the_peaks_of_the_data_sheets():
         assert peak == pytest.approx(devices.peak_flops(kind), rel=0.003)
 
 
-@needs_libtpu
-@pytest.mark.slow
-def test_a_step_is_compiled_for_tpus_and_scales():
+@pytest.fixture
+def settings_are_kept():
     changed = {
         name: jax.config.values[name] for name in ("jax_platforms", "jax_enable_compilation_cache")
     }
+    yield
+    for name, value in changed.items():
+        jax.config.update(name, value)
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.usefixtures("settings_are_kept")
+def test_a_step_is_compiled_for_gpus_with_their_kernels(monkeypatch):
+    programs = []
+    read_program = hlo.read_program
+    monkeypatch.setattr(
+        hlo, "read_program", lambda text, **kw: programs.append(text) or read_program(text, **kw)
+    )
     text = io.StringIO()
-    try:
-        estimates = compile_training(
-            _config(**{"model.family": "convformer", "model.scan": 1}),
-            topologies=("v5e:1x1", "v5e:2x2"),
-            batch_per_device=64,
-            console=Console(file=text, width=80),
-        )
-    finally:
-        for name, value in changed.items():
-            jax.config.update(name, value)
+    changes = {"model.family": "caformer", "model.dims": (32,) * 4, "model.dtype": "bfloat16"}
+    (estimate,) = compile_training(
+        _config(**changes, **{"mesh.fsdp": 2}),
+        topologies=("a100-40gb:2x2",),
+        batch_per_device=8,
+        search_largest=False,
+        console=Console(file=text, width=80),
+    )
+    assert (estimate.num_devices, estimate.device_kind) == (4, "NVIDIA A100-SXM4-40GB")
+    assert estimate.mesh == {"data": 2, "fsdp": 2}
+    assert estimate.fits
+    # Three quarters of its memory.
+    assert estimate.memory_limit == pytest.approx(0.75 * 39.4 * 2**30, rel=1e-3)
+    assert {"all-gather", "reduce-scatter", "all-reduce"} == {
+        collective.kind for collective in estimate.collectives
+    }
+    assert {collective.group_size for collective in estimate.collectives} == {2, 4}
+    assert estimate.step_seconds is None
+    (program,) = programs
+    # Depthwise convolutions and norms by Triton, attention by cuDNN, forward and backward.
+    for kernel in ("convolve_kernel", "kernel_gradient_kernel", "normalization_gradient_kernel"):
+        assert kernel in program
+    assert "__cudnn$fmhaSoftmax" in program
+    assert "__cudnn$fmhaSoftmaxBackward" in program
+    for told in ("75% of a GPU's 39.42 GiB", "no estimate of time", "no GPU tried out"):
+        assert told in text.getvalue()
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("settings_are_kept")
+def test_a_step_is_compiled_for_tpus_and_scales():
+    text = io.StringIO()
+    estimates = compile_training(
+        _config(**{"model.family": "convformer", "model.scan": 1}),
+        topologies=("v5e:1x1", "v5e:2x2"),
+        batch_per_device=64,
+        console=Console(file=text, width=80),
+    )
     one, four = estimates
     assert (one.num_devices, four.num_devices) == (1, 4)
     assert one.device_kind == "TPU v5 lite"

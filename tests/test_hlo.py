@@ -115,6 +115,29 @@ def test_collectives_are_found_with_their_bytes_groups_and_rounds():
     assert gather.sent_bytes == 8192 * 3 / 4
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,2},{1,3}}", 2),
+        ("{}", 8),
+        ("[2,4]<=[8]", 4),
+        ("mesh['data'=2,'fsdp'=4] {'fsdp'}", 4),
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8),
+        # Half of an axis.
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp':(1)2}", 4),
+    ],
+)
+def test_the_devices_of_a_group_are_counted_however_they_are_named(groups, size):
+    text = f"""\
+ENTRY %main (x: f32[16]) -> f32[16] {{
+  %x = f32[16]{{0}} parameter(0)
+  ROOT %r = f32[16]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add
+}}
+"""
+    (collective,) = read_program(text, num_devices=8).collectives
+    assert collective.group_size == size
+
+
 def test_the_text_of_a_program_compiled_here_is_read():
     mesh = Mesh(np.array(jax.devices()[:4]), "x")
 

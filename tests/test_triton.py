@@ -21,6 +21,7 @@ from metaformer_jax.models.lowering import (
     triton,
 )
 from metaformer_jax.models.lowering.normalization import normalize
+from metaformer_jax.models.lowering.platform import compiled_for
 from metaformer_jax.models.mixers import IdentityMixing, SepConv
 from metaformer_jax.models.normalization import LayerNorm
 
@@ -35,8 +36,9 @@ SHAPES = [
 
 
 @pytest.fixture
-def has_gpu(monkeypatch):
-    monkeypatch.setattr(triton, "_is_compiled_here", lambda: True)
+def has_gpu():
+    with compiled_for("gpu"):
+        yield
 
 
 def _normal(number, shape, dtype=jnp.float32):
@@ -188,9 +190,11 @@ def test_what_is_traced_without_kernels_has_none(has_gpu):
     assert "stablehlo.convolution" not in lowered()
 
 
-def test_without_a_gpu_there_are_none(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert not triton._is_compiled_here.__wrapped__()
+def test_there_are_none_but_for_gpus():
+    x = jnp.zeros((2, 4))
+    for platform, expected in (("cpu", False), ("gpu", True), ("tpu", False)):
+        with compiled_for(platform):
+            assert triton.has_kernels(x) == expected
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from metaformer_jax.models.layers import Frozen, Linear, kernel_init
 from metaformer_jax.models.lowering import depthwise_banded
 from metaformer_jax.models.lowering.attention import self_attention, split_heads
 from metaformer_jax.models.lowering.depthwise import depthwise_conv2d
-from metaformer_jax.models.lowering.platform import is_for_tpus
+from metaformer_jax.models.lowering.platform import is_for
 from metaformer_jax.models.lowering.pooling import average_pool
 from metaformer_jax.models.lowering.promotion import wide_dtype
 from metaformer_jax.models.lowering.recomputation import PRODUCT
@@ -172,7 +172,7 @@ class SepConv(nnx.Module):
         The linear layers before and after are faster in the same form, too.
         """
         in_rows = (
-            is_for_tpus()
+            is_for("tpu")
             and isinstance(self.dwconv, DepthwiseConv)
             and depthwise_banded.takes_rows(x.shape, self.dwconv.kernel.shape)
         )

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from metaformer_jax.models import mlp_kernels
 from metaformer_jax.models.layers import Dropout, ImageKeys
-from metaformer_jax.models.lowering.platform import is_for_tpus
+from metaformer_jax.models.lowering.platform import is_for
 from metaformer_jax.models.lowering.recomputation import PRODUCT, STATISTICS
 
 # What the backward pass recomputes of a block instead of keeping it. The means and variances of
@@ -53,7 +53,7 @@ def remat_here(remat: str | bool) -> str:
         ValueError: there is no such name.
     """
     name = remat_name(remat)
-    return "none" if name == AUTO and not is_for_tpus() else name
+    return "none" if name == AUTO and not is_for("tpu") else name
 
 
 def _remat_of(remat: str, block: Any, x: Array) -> str:

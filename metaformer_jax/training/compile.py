@@ -17,7 +17,7 @@ from rich.console import Console
 from metaformer_jax.data.sources import Source
 from metaformer_jax.models.lowering.platform import compiled_for
 from metaformer_jax.models.stages import remat_here
-from metaformer_jax.training import compile_tables, devices, hlo, sharding
+from metaformer_jax.training import compile_tables, devices, gpus, hlo, sharding
 from metaformer_jax.training.described import described_sources
 from metaformer_jax.training.memory import Memory, largest_that_fits, memory_of
 from metaformer_jax.training.progress import elapsing, say
@@ -143,8 +143,8 @@ def compile_training(
 
     Args:
         config: of the training.
-        topologies: TPU slices, such as `"v5e:4x4"`; empty for the devices of this machine. Several
-            of them also give a table of how the step scales.
+        topologies: TPU slices or GPUs, such as `"v5e:4x4"` or `"h100:8"`; empty for the devices of
+            this machine. Several of them also give a table of how the step scales.
         batch_per_device: images per device, instead of the config's batch size.
         search_largest: compiles a few times more, to find the largest batch that fits. Not done for
             several topologies.
@@ -156,7 +156,7 @@ def compile_training(
 
     Raises:
         ValueError: the config is wrong, there is no such topology, or the output cannot be written.
-        ImportError: the compiler for TPUs is not installed.
+        ImportError: the compiler for TPUs or for GPUs is not installed.
     """
     console = console or Console()
     if output is not None:
@@ -227,13 +227,16 @@ def _compile_quietly(run: Run) -> _Compiled:
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=place),
     }
     started = time.monotonic()
-    platform = engine.mesh.devices.flat[0].platform
+    platform, options = engine.mesh.devices.flat[0].platform, None
+    if _is_for_absent_gpus(engine.mesh.devices.flat[0]):
+        # JAX asks a GPU that is there whether "gpu" means CUDA.
+        platform, options = "cuda", gpus.OPTIONS_WITHOUT_GPU
     traced = engine.train_step.trace(engine.abstract_state, batch)
     lowered = traced.lower(lowering_platforms=(platform,))
     traced_at, cpu_before = time.monotonic(), time.process_time()
     program, refusal = None, None
     try:
-        program = lowered.compile()
+        program = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -299,7 +302,7 @@ def _estimate(
         assumptions=(
             assumed,
             *compile_tables.changes(run.config, config),
-            *compile_tables.assumptions(chip, program),
+            *compile_tables.assumptions(chip, program, _absent_gpu(device)),
         ),
     )
 
@@ -307,7 +310,17 @@ def _estimate(
 def _memory_limit(device: jax.Device, chip: devices.Chip | None) -> int | None:
     if chip is not None:
         return chip.hbm_bytes
+    if (gpu := _absent_gpu(device)) is not None:
+        return gpu.memory_limit
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _is_for_absent_gpus(device: jax.Device) -> bool:
+    return device.platform == "gpu" and jax.default_backend() != "gpu"
+
+
+def _absent_gpu(device: jax.Device) -> gpus.Gpu | None:
+    return gpus.gpu_of_kind(device.device_kind) if _is_for_absent_gpus(device) else None
 
 
 def _largest(

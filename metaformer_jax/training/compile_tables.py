@@ -10,7 +10,7 @@ import ml_collections
 from rich import box
 from rich.table import Table
 
-from metaformer_jax.training import devices, hlo
+from metaformer_jax.training import devices, gpus, hlo
 
 if TYPE_CHECKING:
     from metaformer_jax.training.compile import Estimate
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 _UNKNOWN = "-"
 
 
-def assumptions(chip: devices.Chip | None, program: hlo.Program | None) -> tuple[str, ...]:
+def assumptions(
+    chip: devices.Chip | None, program: hlo.Program | None, absent_gpu: gpus.Gpu | None
+) -> tuple[str, ...]:
     """The assumptions behind the time and the memory of an estimate."""
     if program is None:
         return ()
     if chip is None or program.cycles is None:
-        return ("no estimate of time: this compiler gives none, only those for TPUs do",)
+        no_time = ("no estimate of time: this compiler gives none, only those for TPUs do",)
+        return no_time + _assumptions_of_memory(absent_gpu) if absent_gpu else no_time
     links = chip.ici_bytes_per_second / 1e9
     told: tuple[str, ...] = (
         f"step: the compiler's estimated cycles of all fusions at {chip.clock_hz / 1e9:g} GHz, "
@@ -37,6 +40,15 @@ def assumptions(chip: devices.Chip | None, program: hlo.Program | None) -> tuple
         loops = f"{program.num_unknown_loops} loops whose rounds depend on the data count as one"
         return (*told, loops)
     return told
+
+
+def _assumptions_of_memory(gpu: gpus.Gpu) -> tuple[str, ...]:
+    return (
+        f"memory: {gpus.MEMORY_FRACTION:.0%} of a GPU's {_gib(gpu.memory_bytes)}, which JAX takes "
+        "unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise",
+        "no GPU tried out which algorithms of products and convolutions are the fastest: those "
+        "that a training takes may need other temporaries",
+    )
 
 
 def changes(

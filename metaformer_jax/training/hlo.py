@@ -23,6 +23,8 @@ _OF_KERNELS = re.compile(r"kernel_metadata=\{[^}]*\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,\d+\])")
+# Likewise: a mesh, and the axes along which a group lies, or a part of one of them.
+_GROUPS_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,13 +240,20 @@ def _collective(
     # The "-start" operation of all kinds but one returns its input beside its output.
     if instruction.opcode != kind and kind != "all-reduce":
         given -= taken
-    groups = _GROUPS.search(instruction.rest)
-    numbers = re.findall(r"\d+", groups[1]) if groups else []
-    if not numbers:
-        group_size = num_devices
-    else:
-        group_size = int(numbers[1]) if groups and groups[1].startswith("[") else len(numbers)
+    group_size = _group_size(instruction.rest, num_devices)
     return Collective(kind, max(taken, given), group_size, times, _op_name(instruction))
+
+
+def _group_size(rest: str, num_devices: int) -> int:
+    if of_mesh := _GROUPS_OF_MESH.search(rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", of_mesh[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", of_mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    groups = _GROUPS.search(rest)
+    numbers = re.findall(r"\d+", groups[1]) if groups else []
+    if not groups or not numbers:
+        return num_devices
+    return int(numbers[1]) if groups[1].startswith("[") else len(numbers)
 
 
 def _num_bytes(shape: str) -> int:

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.lowering.platform import is_for_tpus, kernels_are_allowed
+from metaformer_jax.models.lowering.platform import is_for, kernels_are_allowed
 
 # Rows of a tile of 16-bit numbers.
 SUBLANES = 16
@@ -20,7 +20,7 @@ _FIRST_GENERATION = 4
 
 def takes(x: Any) -> bool:
     """Whether kernels may take such an array, in a program that is meant for TPUs."""
-    if not (kernels_are_allowed() and is_for_tpus() and x.dtype == jnp.bfloat16):
+    if not (kernels_are_allowed() and is_for("tpu") and x.dtype == jnp.bfloat16):
         return False
     if (chip := _chip()) is not None and chip.generation < _FIRST_GENERATION:
         return False

@@ -18,9 +18,9 @@ def compiled_for(platform: str) -> contextlib.AbstractContextManager[None]:
     return _platform(platform)
 
 
-def is_for_tpus() -> bool:
-    """Whether the program being traced is meant for TPUs, as far as is known."""
-    return (_platform.value or jax.default_backend()) == "tpu"
+def is_for(platform: str) -> bool:
+    """Whether the program being traced is meant for `tpu`, `gpu` or `cpu`, as far as is known."""
+    return (_platform.value or jax.default_backend()) == platform
 
 
 def without_kernels() -> contextlib.AbstractContextManager[None]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from metaformer_jax.models.lowering.platform import kernels_are_allowed
+from metaformer_jax.models.lowering.platform import is_for, kernels_are_allowed
 
 try:
     from jax.experimental.pallas import triton
@@ -24,11 +24,12 @@ _MOST_NUMBERS = 2**31 - 1
 
 
 def has_kernels(*arrays: Array) -> bool:
-    """Whether there are kernels for arrays of such dtypes and sizes on this process's GPUs.
+    """Whether there are kernels for arrays of such dtypes and sizes on the GPUs that are meant.
 
-    Kernels are traced only if they might run: without a GPU they cost no tracing time.
+    Kernels are traced only if they might run: where no GPU is meant they cost no tracing time.
     """
-    return kernels_are_allowed() and _is_compiled_here() and all(map(_is_supported, arrays))
+    is_meant = triton is not None and is_for("gpu") and _are_recent_enough()
+    return kernels_are_allowed() and is_meant and all(map(_is_supported, arrays))
 
 
 def _is_supported(array: Any) -> bool:
@@ -39,11 +40,11 @@ def _is_supported(array: Any) -> bool:
 
 
 @functools.cache
-def _is_compiled_here() -> bool:
-    if triton is None or jax.default_backend() != "gpu":
-        return False
+def _are_recent_enough() -> bool:
+    """Whether the GPUs are of the Ampere generation or later, as all are that are not here."""
+    if jax.default_backend() == "cpu":
+        return True
     device = jax.local_devices()[0]
-    # Of the Ampere generation and later.
     return device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8
 
 
