@@ -11,12 +11,15 @@ Only published weights are fetched, once, when a model is first asked without we
 import argparse
 import functools
 import os
+import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from metaformer_jax import programs
+from metaformer_jax.paths import local_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,11 +70,16 @@ def _show(args: argparse.Namespace) -> None:
     # Read when gradio is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    page = build_page(args.model, args.weights)
-    try:
-        serve(page, args.port)
-    except KeyboardInterrupt:
-        print()
+    # Gradio keeps all pictures in files, by default in one folder for all users of a machine.
+    with tempfile.TemporaryDirectory(prefix="metaformer-jax-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build_page(args.model, args.weights)
+        # By its default SIGTERM would leave the folder behind.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        try:
+            serve(page, args.port)
+        except KeyboardInterrupt:
+            print()
 
 
 def _check_free(port: int) -> None:
@@ -89,20 +97,28 @@ def _check_free(port: int) -> None:
             ) from error
 
 
+def _state_of(weights: str) -> tuple[int, ...]:
+    """Another one once something else is at the path, or a run there has saved a checkpoint."""
+    path = local_path(weights.strip())
+    paths = (path, path / "checkpoints") if weights.strip() else ()
+    return tuple(part.stat().st_mtime_ns for part in paths if part.exists())
+
+
 @functools.lru_cache(maxsize=4)
-def load(name: str, weights: str) -> "Classifier":
+def _load(name: str, weights: str, state: tuple[int, ...]) -> "Classifier":
     """The model that the page's fields ask for; the last four stay in memory."""
     from metaformer_jax.inference import load_classifier
 
+    del state
     return load_classifier(None if name == BY_WEIGHTS else name, weights=weights.strip() or None)
 
 
-# Each keeps its model in memory: as many as `load` does.
+# Each keeps its model in memory: as many as `_load` does.
 @functools.lru_cache(maxsize=4)
-def _explainer(name: str, weights: str, stage: str) -> "Explainer":
+def _explainer(name: str, weights: str, state: tuple[int, ...], stage: str) -> "Explainer":
     from metaformer_jax.inference.drawing import Explainer
 
-    return Explainer(load(name, weights), None if stage == LAST_STAGE else int(stage))
+    return Explainer(_load(name, weights, state), None if stage == LAST_STAGE else int(stage))
 
 
 def answer(
@@ -124,16 +140,17 @@ def answer(
     from metaformer_jax.figures import to_array
     from metaformer_jax.inference.drawing import Explanation, explanations_figure
     from metaformer_jax.inference.results import likeliest
+    from metaformer_jax.models.class_names import shortened
 
-    classifier = load(name, weights)
-    explainer = _explainer(name, weights, stage)
+    question = (name, weights, _state_of(weights))
+    classifier, explainer = _load(*question), _explainer(*question, stage)
     pixels = classifier.transform.of_image(in_channels(image, classifier.transform.channels))
     guesses = likeliest(
         np.asarray(classifier.probabilities(pixels[None]))[0], classifier.class_names, top=TOP
     )
     best = guesses[0]
     maps = explainer(pixels[None], np.array([best.index]))[0]
-    title = f"stage {explainer.stage}: {best.name.partition(',')[0]}"
+    title = f"stage {explainer.stage}: {shortened(best.name)}"
     figure = explanations_figure([Explanation(pixels, title, maps)])
     # Of two classes of one name both are shown.
     names = [guess.name for guess in guesses]
@@ -162,6 +179,22 @@ def build_page(name: str | None, weights: str) -> Any:
     if name is not None:
         name = models.model_info(name).name
     name = name or (BY_WEIGHTS if weights else "caformer_s18")
+
+    class Picture(gr.Image):
+        # The page's part of it is that of its parent.
+        is_template = True
+
+        def preprocess(self, payload: Any) -> Any:
+            from metaformer_jax.inference.images import why_unreadable
+
+            try:
+                return super().preprocess(payload)
+            except gr.Error:
+                raise
+            # Each format's reader fails in its own way.
+            except Exception as error:
+                message = f"The picture cannot be read: {why_unreadable(error)}."
+                raise gr.Error(message, duration=None, print_exception=False) from error
 
     def shown(*fields: Any) -> tuple[dict[str, float], Any]:
         from metaformer_jax.weights import DownloadError
@@ -196,7 +229,7 @@ def build_page(name: str | None, weights: str) -> Any:
         gr.Markdown("# What does it show?\nA picture through one MetaFormer, or through two.")
         with gr.Row():
             # Gradio's own conversion would turn 16-bit pictures white.
-            picture = gr.Image(
+            picture = Picture(
                 type="pil",
                 image_mode=None,
                 sources=["upload", "clipboard"],

@@ -74,6 +74,35 @@ def test_of_16_bits_the_upper_8_are_shown_to_the_model(run):
     assert demo.answer(deep, *question)[0] == demo.answer(image, *question)[0]
 
 
+def test_weights_that_have_changed_are_read_again(run, tmp_path):
+    folder, _, _ = run
+    image = Image.open(folder / "digit.png")
+    weights = shutil.copytree(folder / "run", tmp_path / "run")
+    question = (image, demo.BY_WEIGHTS, str(weights), "2")
+    first = demo.answer(*question)[0]
+    shutil.rmtree(weights)
+    small_run.make(weights, family="poolformerv2")
+    second = demo.answer(*question)[0]
+    assert first == demo.answer(image, demo.BY_WEIGHTS, str(folder / "run"), "2")[0]
+    assert second != first
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "not an image"), (b"text", "not an image"), ("half", "truncated")],
+)
+def test_a_picture_that_cannot_be_read_is_refused_with_the_reason(content, reason, run, tmp_path):
+    gr = pytest.importorskip("gradio", reason="gradio, of the extra `demo`, is not installed")
+    whole = (run[0] / "digit.png").read_bytes()
+    path = tmp_path / "picture.png"
+    path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    page = demo.build_page(None, str(run[0] / "run"))
+    (picture,) = (block for block in page.blocks.values() if block.__class__.__name__ == "Picture")
+    payload = gr.data_classes.ImageData(path=str(path))
+    with pytest.raises(gr.Error, match=f"cannot be read: .*{reason}"):
+        picture.preprocess(payload)
+
+
 def test_without_a_picture_there_is_no_answer():
     assert demo.answer(None, "caformer_s18", "", demo.LAST_STAGE) == ({}, None)
 
@@ -137,7 +166,7 @@ def browser(tmp_path):
 
 
 @pytest.fixture
-def page(run):
+def page(run, tmp_path):
     pytest.importorskip("gradio", reason="gradio, of the extra `demo`, is not installed")
     folder, _, _ = run
     port = free_port()
@@ -146,7 +175,11 @@ def page(run):
         [sys.executable, "-c", WATCHED, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(demo.__file__).parents[1])},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(pathlib.Path(demo.__file__).parents[1]),
+            "TMPDIR": str(tmp_path),
+        },
         text=True,
     ) as program:
         said = program.stdout.readline()
@@ -154,6 +187,12 @@ def page(run):
         yield f"http://127.0.0.1:{port}"
         program.terminate()
         assert "beyond:" not in program.stderr.read()
+    # The pictures.
+    assert not list(tmp_path.glob("metaformer-jax-demo-*"))
+
+
+def test_nothing_stays_of_a_page_that_is_told_to_end(page):
+    """What the fixture holds."""
 
 
 def test_a_browser_shows_bars_and_heat_for_a_dropped_picture_and_compares(run, page, browser):

@@ -19,6 +19,7 @@ from metaformer_jax.figures import save_png
 from metaformer_jax.inference.batches import Classified
 from metaformer_jax.inference.classifier import Classifier
 from metaformer_jax.models import compiler_options
+from metaformer_jax.models.class_names import shortened
 
 _MAX_COLUMNS = 6
 _NAME_LENGTH = 26
@@ -128,11 +129,10 @@ def _show(axes: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
 
 
 def title_of(path: str, name: str, probability: float) -> str:
-    """The file, and the first of the class's names with its probability."""
-    first = name.partition(",")[0]
+    """The file, and the class's name, of ImageNet's names the first, with its probability."""
     # A name need not be text.
     file = os.fsencode(pathlib.PurePath(path).name).decode("utf-8", "replace")
-    return f"{_cut(file)}\n{_cut(first)} {probability:.1%}"
+    return f"{_cut(file)}\n{_cut(shortened(name))} {probability:.1%}"
 
 
 def _cut(text: str) -> str:

@@ -136,6 +136,16 @@ def _count_frames(image: Image.Image) -> int:
         return 1
 
 
+def why_unreadable(error: Exception) -> str:
+    """What to say of an error with which Pillow does not open a file, or decode it."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow reads"
+    if isinstance(error, Image.DecompressionBombError):
+        most = f"{MAX_PIXELS / 1e6:.0f} million pixels"
+        return f"more than {most}, the most that are decoded. Make it smaller"
+    return first_line(error).rstrip(".")
+
+
 def _examine(file: io.BufferedReader, image_size: int) -> tuple[list[str], int]:
     """What the header tells, before anything is decoded; and the orientation, 1 if not told."""
     try:
@@ -143,18 +153,11 @@ def _examine(file: io.BufferedReader, image_size: int) -> tuple[list[str], int]:
         _check_size(*image.size, image_size)
         frames = _count_frames(image)
         is_transparent = image.has_transparency_data
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError("not an image that Pillow reads") from error
-    except Image.DecompressionBombError as error:
-        raise BadImageError(
-            f"more than {MAX_PIXELS / 1e6:.0f} million pixels, the most that are decoded. Make it "
-            "smaller"
-        ) from error
     except BadImageError:
         raise
     # Each format's reader fails in its own way.
     except Exception as error:
-        raise BadImageError(first_line(error).rstrip(".")) from error
+        raise BadImageError(why_unreadable(error)) from error
     notes = []
     if frames > 1:
         notes.append(f"{frames} frames, of which the first is taken")

@@ -16,6 +16,16 @@ def imagenet_class_names() -> tuple[str, ...]:
     return tuple(_names_by_synset().values())
 
 
+def shortened(name: str) -> str:
+    """The first lemma of an ImageNet class; any other name whole, whatever commas it has.
+
+    Examples:
+        >>> shortened("tench, Tinca tinca"), shortened("cat, black")
+        ('tench', 'cat, black')
+    """
+    return name.partition(",")[0] if name in _names() else name
+
+
 def imagenet_synsets() -> tuple[str, ...]:
     """The WordNet synset of each class, as ImageNet's folders are named.
 
@@ -24,6 +34,11 @@ def imagenet_synsets() -> tuple[str, ...]:
         'n01440764'
     """
     return tuple(_names_by_synset())
+
+
+@functools.cache
+def _names() -> frozenset[str]:
+    return frozenset(imagenet_class_names())
 
 
 @functools.cache

@@ -167,5 +167,6 @@ def _compare(
     if changes:
         raise CheckpointError(
             f"The weights in {workdir} must be used with the {what} that they were trained with, "
-            "got other values:\n" + "\n".join(changes) + "\nGive those of the run."
+            "got other values:\n" + "\n".join(changes) + "\nGive those of the run, or evaluate it "
+            f"with its own config: --mode=eval --workdir={workdir}."
         )
