@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from metaformer_jax import programs
@@ -180,21 +180,17 @@ def build_page(name: str | None, weights: str) -> Any:
         name = models.model_info(name).name
     name = name or (BY_WEIGHTS if weights else "caformer_s18")
 
-    class Picture(gr.Image):
-        # The page's part of it is that of its parent.
-        is_template = True
+    def opened(open_file: Callable[[Any], Any], file: Any) -> Any:
+        from metaformer_jax.inference.images import why_unreadable
 
-        def preprocess(self, payload: Any) -> Any:
-            from metaformer_jax.inference.images import why_unreadable
-
-            try:
-                return super().preprocess(payload)
-            except gr.Error:
-                raise
-            # Each format's reader fails in its own way.
-            except Exception as error:
-                message = f"The picture cannot be read: {why_unreadable(error)}."
-                raise gr.Error(message, duration=None, print_exception=False) from error
+        try:
+            return open_file(file)
+        except gr.Error:
+            raise
+        # Each format's reader fails in its own way.
+        except Exception as error:
+            message = f"The picture cannot be read: {why_unreadable(error)}."
+            raise gr.Error(message, duration=None, print_exception=False) from error
 
     def shown(*fields: Any) -> tuple[dict[str, float], Any]:
         from metaformer_jax.weights import DownloadError
@@ -229,7 +225,7 @@ def build_page(name: str | None, weights: str) -> Any:
         gr.Markdown("# What does it show?\nA picture through one MetaFormer, or through two.")
         with gr.Row():
             # Gradio's own conversion would turn 16-bit pictures white.
-            picture = Picture(
+            picture = gr.Image(
                 type="pil",
                 image_mode=None,
                 sources=["upload", "clipboard"],
@@ -237,6 +233,8 @@ def build_page(name: str | None, weights: str) -> Any:
                 height=260,
                 buttons=[],
             )
+            # Not by a subclass: Gradio writes a stub for it beside this file.
+            picture.preprocess = functools.partial(opened, picture.preprocess)
             with gr.Column():
                 compares = gr.Checkbox(label="compare two models", elem_id="compares")
                 button = gr.Button("Classify", variant="primary", elem_id="classify")

@@ -164,7 +164,7 @@ class _Page(_Component):
             assert any(trigger[1:] == ("click",) for trigger in triggers if type(trigger) is tuple)
             values = [component.value for component in inputs]
             with Image.open("photo.jpg") as picture:
-                place = [isinstance(component, _Picture) for component in inputs].index(True)
+                place = [type(component) is _Picture for component in inputs].index(True)
                 values[place] = picture
                 answers = function(*values)
             assert len(answers) == len(outputs)

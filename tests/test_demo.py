@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -41,6 +42,23 @@ socket.socket.connect = watched(
 from metaformer_jax import demo
 sys.exit(demo.main(sys.argv[1:]))
 """
+
+# Opens pictures as the page does.
+OPENED = """
+import sys
+import gradio as gr
+from metaformer_jax import demo
+
+page = demo.build_page(None, sys.argv[1])
+(picture,) = (block for block in page.blocks.values() if getattr(block, "label", "") == "picture")
+for path in sys.argv[2:]:
+    try:
+        picture.preprocess(gr.data_classes.ImageData(path=path))
+        print("read")
+    except gr.Error as error:
+        print(error.message)
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(demo.__file__).parents[1])}
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +105,23 @@ def test_weights_that_have_changed_are_read_again(run, tmp_path):
     assert second != first
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [(b"", "not an image"), (b"text", "not an image"), ("half", "truncated")],
-)
-def test_a_picture_that_cannot_be_read_is_refused_with_the_reason(content, reason, run, tmp_path):
-    gr = pytest.importorskip("gradio", reason="gradio, of the extra `demo`, is not installed")
+def test_a_picture_that_cannot_be_read_is_refused_with_the_reason(run, tmp_path):
+    pytest.importorskip("gradio", reason="gradio, of the extra `demo`, is not installed")
     whole = (run[0] / "digit.png").read_bytes()
-    path = tmp_path / "picture.png"
-    path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
-    page = demo.build_page(None, str(run[0] / "run"))
-    (picture,) = (block for block in page.blocks.values() if block.__class__.__name__ == "Picture")
-    payload = gr.data_classes.ImageData(path=str(path))
-    with pytest.raises(gr.Error, match=f"cannot be read: .*{reason}"):
-        picture.preprocess(payload)
+    paths = []
+    for index, content in enumerate((b"", b"text", whole[: len(whole) // 2], whole)):
+        paths.append(tmp_path / f"{index}.png")
+        paths[-1].write_bytes(content)
+    result = subprocess.run(
+        [sys.executable, "-c", OPENED, run[0] / "run", *paths],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    empty, text, half, good = result.stdout.splitlines()
+    assert empty == text == "The picture cannot be read: not an image that Pillow reads."
+    assert re.fullmatch("The picture cannot be read: .*truncated.*", half)
+    assert good == "read"
 
 
 def test_without_a_picture_there_is_no_answer():
@@ -175,11 +196,7 @@ def page(run, tmp_path):
         [sys.executable, "-c", WATCHED, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(pathlib.Path(demo.__file__).parents[1]),
-            "TMPDIR": str(tmp_path),
-        },
+        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
         text=True,
     ) as program:
         said = program.stdout.readline()

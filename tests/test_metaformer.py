@@ -15,6 +15,7 @@ from metaformer_jax.models import (
     ConvGeometry,
     IdentityMixing,
     ImageKeys,
+    LinearHead,
     MetaFormer,
     MetaFormerBlock,
     MetaFormerSpec,
@@ -453,3 +454,70 @@ def test_parameters_are_float32_whatever_jax_makes_of_numbers():
     with jax.enable_x64(True):
         models = [_model(), metaformer_jax.create_model("randformer_s12", rngs=nnx.Rngs(0))]
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(models))} == {np.dtype("float32")}
+
+
+def test_rates_may_be_numbers_of_jax(images):
+    model = _model(head_dropout=jnp.float32(0.5), drop_path_rate=jnp.float32(0.5))
+    expected = _model(head_dropout=0.5, drop_path_rate=0.5)
+    assert nnx.graphdef(model) == nnx.graphdef(expected)
+    model.eval()
+    assert nnx.jit(lambda model, x: model(x))(model, images).shape == (2, 5)
+
+
+@pytest.mark.parametrize("rate", [-0.5, 1.0, 1.5, float("nan"), None])
+def test_layers_refuse_rates_that_are_none(rate):
+    rngs = nnx.Rngs(0)
+    for build in (
+        lambda: LinearHead(8, 3, dropout=rate, rngs=rngs),
+        lambda: MlpHead(8, 3, dropout=rate, rngs=rngs),
+        lambda: MetaFormerBlock(
+            8,
+            token_mixer=Pooling,
+            norm=image_layer_norm,
+            resolution=(4, 4),
+            drop_path_rate=rate,
+            rngs=rngs,
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\), got"):
+            build()
+
+
+class _Wide(nnx.Module):
+    """A mixer that knows nothing of dtypes."""
+
+    def __init__(self, dim, *, resolution, dtype, rngs):
+        pass
+
+    def __call__(self, x):
+        return x.astype(jnp.float32) * 2
+
+
+@pytest.mark.parametrize("scan", [0, 1])
+def test_a_mixer_of_another_dtype_does_not_change_that_of_the_features(scan, images):
+    spec = dataclasses.replace(SPEC, token_mixers=(Pooling, _Wide))
+    model = _model(spec, dtype=jnp.bfloat16, scan=scan)
+    assert {stage.dtype for stage in model.features(images)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stem": (7, 4, 2)}, r"`stem` must be a ConvGeometry, got \(7, 4, 2\)"),
+        ({"downsampling": 3}, "`downsampling` must be a ConvGeometry, got 3"),
+        (
+            {"token_mixers": (Pooling, Pooling(8, resolution=(4, 4), rngs=nnx.Rngs(0)))},
+            "`token_mixers` must be classes or functions that build a mixer, got a Pooling",
+        ),
+    ],
+)
+def test_parts_that_are_of_another_kind_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SPEC, **changes)
+
+
+def test_a_name_is_no_architecture():
+    with pytest.raises(
+        ValueError, match=r"`spec` must be a MetaFormerSpec, got 'caformer_s18'.*cre"
+    ):
+        MetaFormer("caformer_s18", rngs=nnx.Rngs(0))

@@ -25,8 +25,8 @@ def as_pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def check_rate(name: str, rate: float) -> None:
-    """Checks a rate of dropout or stochastic depth.
+def check_rate(name: str, rate: float) -> float:
+    """A rate of dropout or stochastic depth, as a number of Python's.
 
     Raises:
         ValueError: it is not in [0, 1).
@@ -37,6 +37,7 @@ def check_rate(name: str, rate: float) -> None:
         is_rate = False
     if not is_rate:
         raise ValueError(f"`{name}` must be in [0, 1), got {rate!r}.")
+    return float(rate)
 
 
 def check_rngs(rngs: nnx.Rngs) -> None:

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import mlp_kernels
+from metaformer_jax.models.arguments import check_rate
 from metaformer_jax.models.layers import DropPath, ImageKeys, Mlp, NormFn, ResScale
 from metaformer_jax.models.lowering.mlp_forms import ChannelsAlongLanes
 from metaformer_jax.models.mixers import Attention, IdentityMixing, SepConv, TokenMixerFn
@@ -30,6 +31,9 @@ class MetaFormerBlock(nnx.Module):
             https://arxiv.org/abs/2110.09456); None for plain shortcuts.
         dtype: compute dtype.
         rngs: with a stream `params`, and `dropout` where branches are dropped.
+
+    Raises:
+        ValueError: `drop_path_rate` is not in [0, 1), or `mlp_ratio` leaves no hidden channel.
     """
 
     def __init__(
@@ -45,6 +49,9 @@ class MetaFormerBlock(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        drop_path_rate = check_rate("drop_path_rate", drop_path_rate)
+        self.dtype = dtype
+
         def drop_path() -> DropPath | None:
             return DropPath(drop_path_rate, rngs=rngs) if drop_path_rate > 0 else None
 
@@ -106,7 +113,9 @@ class MetaFormerBlock(nnx.Module):
         if width is not None and type(self.token_mixer) not in _TAKE_ANY_ROWS:
             b, rows, across, c = x.shape
             images = normalized.reshape(b, rows * across // width, width, c)
-        branch = self.token_mixer(images).reshape(x.shape)
+        # A mixer or a norm of one's own may not know of the compute dtype.
+        dtype = jnp.promote_types(x.dtype, self.dtype)
+        branch = self.token_mixer(images).reshape(x.shape).astype(dtype)
         return _add_branch(x, branch, self.drop_path1, self.res_scale1, rngs)
 
     def transform_channels(

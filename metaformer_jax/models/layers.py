@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from metaformer_jax.models.arguments import hidden_channels
+from metaformer_jax.models.arguments import check_rate, hidden_channels
 from metaformer_jax.models.lowering.matmul import matmul
 from metaformer_jax.models.lowering.promotion import promoted
 from metaformer_jax.models.lowering.recomputation import PRODUCT
@@ -291,9 +291,13 @@ class LinearHead(nnx.Module):
         num_classes: logits.
         dropout: rate, before the layer.
         rngs: with a stream `params`, and `dropout` where there is dropout.
+
+    Raises:
+        ValueError: `dropout` is not in [0, 1).
     """
 
     def __init__(self, dim: int, num_classes: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
+        dropout = check_rate("dropout", dropout)
         self.dropout = nnx.data(Dropout(dropout, rngs=rngs) if dropout else None)
         self.fc = nnx.Linear(dim, num_classes, kernel_init=kernel_init, rngs=rngs)
 
@@ -316,7 +320,7 @@ class MlpHead(nnx.Module):
         rngs: with a stream `params`, and `dropout` where there is dropout.
 
     Raises:
-        ValueError: `expansion_ratio` leaves no hidden feature.
+        ValueError: `expansion_ratio` leaves no hidden feature, or `dropout` is not in [0, 1).
     """
 
     def __init__(
@@ -328,6 +332,7 @@ class MlpHead(nnx.Module):
         dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
+        dropout = check_rate("dropout", dropout)
         hidden_dim = hidden_channels(dim, expansion_ratio=expansion_ratio)
         self.fc1 = nnx.Linear(dim, hidden_dim, kernel_init=kernel_init, rngs=rngs)
         self.norm = layer_norm(hidden_dim, use_bias=True, epsilon=1e-5, rngs=rngs)

@@ -126,6 +126,18 @@ class MetaFormerSpec:
                 f"{self.res_scale_init}."
             )
         hidden_channels(min(self.dims), mlp_ratio=self.mlp_ratio)
+        for name in ("stem", "downsampling"):
+            if not isinstance(getattr(self, name), ConvGeometry):
+                raise ValueError(
+                    f"`{name}` must be a ConvGeometry, got {getattr(self, name)!r}. Give "
+                    "ConvGeometry(kernel_size=..., stride=..., padding=...)."
+                )
+        for mixer in self.token_mixers:
+            if isinstance(mixer, nnx.Module):
+                raise ValueError(
+                    "`token_mixers` must be classes or functions that build a mixer, got a "
+                    f"{type(mixer).__name__} that is built already. Each block has its own."
+                )
 
     def stage_resolutions(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """The (height, width) of each stage's output, in tokens, for images of this size.
@@ -204,11 +216,16 @@ class MetaFormer(nnx.Module):
         scan: int = 0,
         rngs: nnx.Rngs,
     ):
+        if not isinstance(spec, MetaFormerSpec):
+            raise ValueError(
+                f"`spec` must be a MetaFormerSpec, got {spec!r}. Published models are built by "
+                "create_model(name)."
+            )
         scan = at_least(0, scan=scan)
         num_classes = at_least(0, num_classes=num_classes)
         in_channels = at_least(1, in_channels=in_channels)
-        check_rate("drop_path_rate", drop_path_rate)
-        check_rate("head_dropout", head_dropout)
+        drop_path_rate = check_rate("drop_path_rate", drop_path_rate)
+        head_dropout = check_rate("head_dropout", head_dropout)
         if not is_floating(dtype):
             raise ValueError(
                 f"`dtype` must be a floating-point type, got {dtype!r}. Use jnp.float32 or "

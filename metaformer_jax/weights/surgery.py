@@ -43,7 +43,7 @@ def replace_head(
     if head_dropout is None:
         dropout = getattr(model.head, "dropout", None)
         head_dropout = 0.0 if dropout is None else dropout.rate
-    check_rate("head_dropout", head_dropout)
+    head_dropout = check_rate("head_dropout", head_dropout)
     parts = [part for _, part in nnx.iter_modules(model) if isinstance(part, nnx.Dropout)]
     head = (
         model.spec.head(model.spec.dims[-1], num_classes, dropout=head_dropout, rngs=rngs)
