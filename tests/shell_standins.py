@@ -163,8 +163,8 @@ class _Page(_Component):
         for triggers, function, inputs, outputs in self.handlers:
             assert any(trigger[1:] == ("click",) for trigger in triggers if type(trigger) is tuple)
             values = [component.value for component in inputs]
-            with Image.open("photo.jpg") as picture:
-                place = [type(component) is _Picture for component in inputs].index(True)
+            place = [type(component) is _Picture for component in inputs].index(True)
+            with inputs[place].preprocess("photo.jpg") as picture:
                 values[place] = picture
                 answers = function(*values)
             assert len(answers) == len(outputs)
@@ -173,7 +173,9 @@ class _Page(_Component):
 
 
 class _Picture(_Component):
-    pass
+    @staticmethod
+    def preprocess(file):
+        return Image.open(file)
 
 
 def _error(message, **options):
