@@ -152,7 +152,7 @@ def test_each_gpu_has_a_name_that_tells_its_peak():
     for gpu in gpus.GPUS.values():
         assert gpus.gpu_of_kind(gpu.device_kind) is gpu
         # Multiply-adds of the tensor cores of a multiprocessor in a cycle, for bfloat16.
-        macs = {8: 1024, 9: 2048}[gpu.capability[0]]
+        macs = {8: 1024, 9: 2048, 10: 4096}[gpu.capability[0]]
         boost = gpu.clock_ghz * 1e9 * gpu.num_cores * macs * 2
         assert devices.peak_flops(gpu.device_kind) == pytest.approx(boost, rel=0.1)
 

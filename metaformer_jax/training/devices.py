@@ -19,6 +19,7 @@ _PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
 }
 # Of a training step: a multiply-add is two operations, and the gradients of inputs and parameters
 # take twice the forward pass.

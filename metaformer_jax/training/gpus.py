@@ -95,6 +95,18 @@ GPUS = {
         memory_bytes_per_second=4_800_000_000_000,
         **_HOPPER,
     ),
+    "b200": Gpu(
+        device_kind="NVIDIA B200",
+        capability=(10, 0),
+        num_cores=148,
+        units_per_core=128,
+        clock_ghz=1.965,
+        memory_bytes=191_514_411_008,
+        memory_bytes_per_second=7_672_320_000_000,
+        l2_bytes=132_644_864,
+        shared_bytes_per_core=228 * 2**10,
+        shared_bytes_per_block=227 * 2**10,
+    ),
 }
 
 
