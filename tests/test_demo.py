@@ -1,5 +1,6 @@
 """The local page: what it answers, and that a browser shows it."""
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -186,30 +187,35 @@ def browser(tmp_path):
     browser.quit()
 
 
-@pytest.fixture
-def page(run, tmp_path):
+@contextlib.contextmanager
+def served(weights, temporary):
+    """The address of a page, which is told to end afterwards."""
     pytest.importorskip("gradio", reason="gradio, of the extra `demo`, is not installed")
-    folder, _, _ = run
-    port = free_port()
-    arguments = ["--weights", str(folder / "run"), "--port", str(port)]
+    address = f"http://127.0.0.1:{(port := free_port())}"
     with subprocess.Popen(
-        [sys.executable, "-c", WATCHED, *arguments],
+        [sys.executable, "-c", WATCHED, "--weights", str(weights), "--port", str(port)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
+        env=ENVIRONMENT | {"TMPDIR": str(temporary)},
         text=True,
     ) as program:
         said = program.stdout.readline()
-        assert f"http://127.0.0.1:{port}" in said, program.stderr.read()
-        yield f"http://127.0.0.1:{port}"
+        assert address in said, program.stderr.read()
+        yield address
         program.terminate()
         assert "beyond:" not in program.stderr.read()
-    # The pictures.
+
+
+@pytest.fixture
+def page(run, tmp_path):
+    with served(run[0] / "run", tmp_path) as address:
+        yield address
+
+
+def test_nothing_stays_of_a_page_that_is_told_to_end(run, tmp_path):
+    with served(run[0] / "run", tmp_path):
+        assert len(list(tmp_path.glob("metaformer-jax-demo-*"))) == 1
     assert not list(tmp_path.glob("metaformer-jax-demo-*"))
-
-
-def test_nothing_stays_of_a_page_that_is_told_to_end(page):
-    """What the fixture holds."""
 
 
 def test_a_browser_shows_bars_and_heat_for_a_dropped_picture_and_compares(run, page, browser):

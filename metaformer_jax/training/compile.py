@@ -228,7 +228,7 @@ def _compile_quietly(run: Run) -> _Compiled:
     }
     started = time.monotonic()
     platform, options = engine.mesh.devices.flat[0].platform, None
-    if _is_for_absent_gpus(engine.mesh.devices.flat[0]):
+    if _absent_gpu(engine.mesh.devices.flat[0]) is not None:
         # JAX asks a GPU that is there whether "gpu" means CUDA.
         platform, options = "cuda", gpus.OPTIONS_WITHOUT_GPU
     traced = engine.train_step.trace(engine.abstract_state, batch)
@@ -315,12 +315,9 @@ def _memory_limit(device: jax.Device, chip: devices.Chip | None) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _is_for_absent_gpus(device: jax.Device) -> bool:
-    return device.platform == "gpu" and jax.default_backend() != "gpu"
-
-
 def _absent_gpu(device: jax.Device) -> gpus.Gpu | None:
-    return gpus.gpu_of_kind(device.device_kind) if _is_for_absent_gpus(device) else None
+    """The GPU, if there is only a description of it; None for devices that are here, and TPUs."""
+    return gpus.gpu_of_kind(device.device_kind) if jax.default_backend() == "cpu" else None
 
 
 def _largest(

@@ -11,8 +11,6 @@ OPTIONS_WITHOUT_GPU: dict[str, str | bool] = {
     "xla_gpu_autotune_level": "0",
     "xla_gpu_enable_triton_gemm": False,
 }
-# For fused attention XLA asks which cuDNN will run it.
-_CUDNN = (9, 10, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +120,7 @@ def gpu_of_kind(device_kind: str) -> Gpu | None:
 def target_config(gpu: Gpu) -> str:
     """The description of a GPU that XLA compiles for, as the text of its protocol buffer."""
     major, minor = gpu.capability
-    cudnn = "major: {} minor: {} patch: {}".format(*_CUDNN)
+    # The version of cuDNN is asked for by fused attention.
     return f"""
         gpu_device_info {{
           cuda_compute_capability {{ major: {major} minor: {minor} }}
@@ -148,7 +146,7 @@ def target_config(gpu: Gpu) -> str:
           block_dim_limit_z: {2**16 - 1}
         }}
         platform_name: "CUDA"
-        dnn_version_info {{ {cudnn} }}
+        dnn_version_info {{ major: 9 minor: 10 }}
         runtime_version {{ major: 13 }}
         device_description_str: "{gpu.device_kind}"
     """

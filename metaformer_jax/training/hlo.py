@@ -23,7 +23,7 @@ _OF_KERNELS = re.compile(r"kernel_metadata=\{[^}]*\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _GROUPS = re.compile(r"replica_groups=(\{\{[\d,]*\}|\[\d+,\d+\])")
-# Likewise: a mesh, and the axes along which a group lies, or a part of one of them.
+# The same by the axes of a mesh along which a group lies, or parts of them: "{'x','y':(1)2}".
 _GROUPS_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 

@@ -168,5 +168,5 @@ def _compare(
         raise CheckpointError(
             f"The weights in {workdir} must be used with the {what} that they were trained with, "
             "got other values:\n" + "\n".join(changes) + "\nGive those of the run, or evaluate it "
-            f"with its own config: --mode=eval --workdir={workdir}."
+            "by the command that trained it, with --mode=eval."
         )
