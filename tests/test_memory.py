@@ -22,14 +22,15 @@ def _needed(limit=10**9, fixed=100, of_each=10):
 def test_the_largest_batch_is_on_the_line_through_two_and_was_tried(batch, limit, expected):
     needed, asked = _needed()
     assert largest_that_fits(needed, batch, unit=8, limit=limit, most=10**9) == expected
-    assert len(asked) == 3
-    assert asked[-1] == expected
+    assert expected in asked
+    # None is compiled twice.
+    assert len(set(asked)) == len(asked) <= 3
 
 
 def test_what_is_refused_is_halved_until_it_fits():
     needed, asked = _needed(limit=400)
     assert largest_that_fits(needed, 96, unit=8, limit=400, most=10**9) == 24
-    assert asked == [96, 48, 24, 8, 24]
+    assert asked == [96, 48, 24, 8]
 
 
 def test_where_the_line_is_off_less_is_tried_until_it_fits():
@@ -66,3 +67,21 @@ def test_memory_counts_what_is_donated_once():
     assert (memory.arguments, memory.outputs, memory.aliased) == (8000, 4000, 4000)
     assert memory.total == 8000 + memory.temporaries + memory.code
     assert Memory(arguments=1, outputs=2, aliased=2, temporaries=4, code=8).total == 13
+
+
+def test_where_memory_does_not_grow_from_one_batch_to_the_next_few_are_tried():
+    asked = []
+
+    def needed(batch):
+        asked.append(batch)
+        return max(10**9, 10**7 * batch)
+
+    largest = largest_that_fits(needed, 64, unit=8, limit=16 * 10**9, most=1_281_167)
+    assert 0.97 * 1600 <= largest <= 1600
+    assert len(asked) <= 25
+
+
+def test_a_single_unit_fits_though_its_double_is_refused():
+    needed, asked = _needed(limit=2000)
+    assert largest_that_fits(needed, 128, unit=128, limit=2000, most=10**9) == 128
+    assert asked == [128, 256]

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import jax
 
-# If a batch does not fit, this fraction of it is tried next.
-_LESS = 0.97
+# The batch found is smaller than the smallest that was tried in vain by at most this part of it.
+_PRECISION = 0.03
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ def largest_that_fits(
     """The largest batch per device, a multiple of `unit`, that needs at most `limit` bytes.
 
     The memory is extrapolated linearly from two compiled batches: `batch`, or the first of its
-    repeated halves that fits, and half of that. The batch found is itself compiled, and reduced a
-    little as long as it does not fit: far from both batches the line is off by a few per cent.
+    repeated halves that fits, and half of that. The batch found is itself compiled: far from both
+    batches the line is off by a few per cent, and then smaller ones are tried.
 
     Args:
         needed: bytes for a batch; None if the compiler refused it.
@@ -64,7 +64,7 @@ def largest_that_fits(
         most: no larger batch is asked for.
 
     Returns:
-        The batch; 0 if none fits; None if no two batches that fit could be found.
+        The batch; 0 if none fits; None if no two batches that the compiler takes could be found.
     """
     upper, need = batch, needed(batch)
     while need is None:
@@ -72,15 +72,36 @@ def largest_that_fits(
         if upper == 0:
             return None
         need = needed(upper)
+    fits = upper if need <= limit else 0
     other = upper // 2 // unit * unit or 2 * upper
-    other_need = needed(other) if other <= most else None
-    if other_need is None:
+    if other > most:
         return None
+    other_need = needed(other)
+    if other_need is None:
+        # There is none between a single unit and its double, which the compiler refuses.
+        return fits if other > upper else None
+    if other_need <= limit:
+        fits = max(fits, other)
     slope = max((other_need - need) / (other - upper), 1)
-    largest = min(int(upper + (limit - need) / slope), most) // unit * unit
-    while largest > 0:
-        need = needed(largest)
-        if need is not None and need <= limit:
-            return largest
-        largest = int(_LESS * largest) // unit * unit
-    return 0
+    tried = min(int(upper + (limit - need) / slope), most) // unit * unit
+    return _search_from(tried, needed, fits=fits, unit=unit, limit=limit)
+
+
+def _search_from(
+    tried: int, needed: Callable[[int], int | None], *, fits: int, unit: int, limit: int
+) -> int:
+    """The largest batch up to `tried` that fits, when `fits` is known to."""
+    refused, reduction = None, _PRECISION
+    while tried > fits:
+        need = needed(tried)
+        if need is None or need > limit:
+            refused = tried
+        elif refused is None or refused - tried <= _PRECISION * refused:
+            return tried
+        else:
+            fits, reduction = tried, 1.0
+        # First a little less, then ever more; once one fits, those between.
+        reduced = int((1 - reduction) * refused)
+        tried = max(reduced, (fits + refused) // 2) // unit * unit
+        reduction = min(2 * reduction, 1.0)
+    return fits
