@@ -59,6 +59,24 @@ def run(
         return failed(f"the device failed: {reason} {if_device_fails}".rstrip())
 
 
+@contextlib.contextmanager
+def naming_options(**options: str) -> Iterator[None]:
+    """A context in which errors name a program's options instead of what is made of them.
+
+    Args:
+        **options: from the name of an argument, or of a config's field, to the option.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        told = str(error)
+        for name, option in options.items():
+            told = told.replace(f"`{name}`", f"`{option}`")
+        if told == str(error):
+            raise
+        raise type(error)(told) from error
+
+
 def failed(error: Exception | str, exit_code: int = USAGE_ERROR) -> int:
     """Says on stderr what is wrong; returns the exit code."""
     print(f"error: {error}", file=sys.stderr)

@@ -14,14 +14,21 @@ PACKAGE = pathlib.Path(metaformer_jax.__file__).parent
 PROGRAMS = {"__main__", "convert", "demo", "export", "main", "predict", "validate", "zoo"}
 MAY_IMPORT = {
     "models": {"models"},
-    "weights": {"weights", "models", "paths"},
-    "data": {"data", "paths", "programs"},
+    "weights": {"weights", "models", "messages", "paths"},
+    "data": {"data", "messages", "paths", "programs"},
     "explain": {"explain", "models"},
-    "inference": {"inference", "explain", "models", "weights", "data", "figures", "paths"},
-    "training": {"training", "models", "weights", "data", "exit_codes", "figures", "paths"},
+    "inference": {
+        *("inference", "explain", "models", "weights", "data"),
+        *("figures", "messages", "paths"),
+    },
+    "training": {
+        *("training", "models", "weights", "data"),
+        *("exit_codes", "figures", "messages", "paths"),
+    },
     "programs": {"exit_codes"},
     "exit_codes": set(),
     "figures": set(),
+    "messages": set(),
     "paths": set(),
     "__init__": {"models", "weights"},
 }

@@ -5,6 +5,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import tarfile
+import types
 
 import fake_imagenet
 import pytest
@@ -138,12 +140,143 @@ def test_the_archives_are_checked_before_anything_else(tars, tmp_path, capsys):
     for archive in prepare_imagenet.ARCHIVES:
         size = (tars / archive.name).stat().st_size
         assert f"{archive.name} has {size:,} bytes instead of {archive.size:,}" in error
+    assert "`--tars` must be a folder with the archives of https://image-net.org" in error
+    with pytest.raises(ValueError, match=r"img_train.tar has the MD5 .*img_val.tar has the MD5 "):
+        prepare_imagenet.check_contents(tars)
     (tars / "ILSVRC2012_img_val.tar").unlink()
     assert prepare.main([*arguments, "--any-size", "--md5"]) == 2
-    error = capsys.readouterr().err
-    assert "ILSVRC2012_img_val.tar is missing" in error
-    assert "ILSVRC2012_img_train.tar has the MD5 " in error
+    assert "ILSVRC2012_img_val.tar is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """In TFDS's place one that is called with the folder that it prepares into."""
+    prepares = []
+
+    def build(name, *, data_dir, file_format):
+        folder = pathlib.Path(data_dir, *name.split(":"))
+        return types.SimpleNamespace(download_and_prepare=lambda **_: prepares[0](folder))
+
+    monkeypatch.setattr(prepare_imagenet, "_check_importable", lambda *_: None)
+    monkeypatch.setattr(tfds, "builder", build)
+    return prepares
+
+
+def _prepare(tars, output, *others):
+    return prepare.main(["imagenet", "--tars", str(tars), "--output", str(output), *others])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            (2, 3, 4),
+            "got ILSVRC2012_val_00000002.JPEG in the place of ILSVRC2012_val_00000001.JPEG",
+        ),
+        (
+            (1, 2, 4),
+            "got ILSVRC2012_val_00000004.JPEG in the place of ILSVRC2012_val_00000003.JPEG",
+        ),
+    ],
+)
+def test_validation_images_that_would_get_the_labels_of_others_are_refused(
+    tars, tmp_path, builder, capsys, names, message
+):
+    with tarfile.open(tars / "ILSVRC2012_img_val.tar", "w") as tar:
+        for number in names:
+            tar.addfile(tarfile.TarInfo(f"ILSVRC2012_val_{number:08}.JPEG"))
+    assert _prepare(tars, tmp_path / "out", "--any-size") == 2
+    assert message in capsys.readouterr().err
+    (tars / "ILSVRC2012_img_val.tar").write_bytes(b"no tar")
+    assert _prepare(tars, tmp_path / "out", "--any-size") == 2
+    assert "img_val.tar must be a tar archive, got: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "/data"), "error: /data: Permission denied"),
+        (RuntimeError("write: No space left on device"), "`--output` must have room for the"),
+        (KeyError("x"), "`--tars` must hold archives that TFDS prepares, got {}: KeyError: 'x'. "),
+    ],
+)
+def test_what_ails_tfdss_builder_is_told_apart(tars, tmp_path, builder, capsys, error, message):
+    def fail(_):
+        raise error
+
+    builder.append(fail)
+    assert _prepare(tars, tmp_path / "out", "--any-size") == 2
+    assert message.format(tars) in capsys.readouterr().err
+
+
+def test_a_result_without_all_images_is_put_aside(tars, tmp_path, builder, capsys, monkeypatch):
+    builder.append(lambda folder: fake_imagenet.write_dataset(folder.parents[1], "array_record"))
+    monkeypatch.setattr(prepare_imagenet, "check_archives", lambda *_, **__: None)
+    monkeypatch.setattr(prepare_imagenet, "_check_validation_images", lambda *_, **__: None)
+    assert _prepare(tars, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "img_train.tar must have 1,281,167 train images, got 24." in error
+    assert _entries(tmp_path / "out" / "imagenet2012") == ["5.1.0.not_whole"]
+
+
+def test_a_place_without_room_or_on_another_machine_is_refused(
+    tars, tmp_path, builder, capsys, monkeypatch
+):
+    with pytest.raises(SystemExit):
+        _prepare(tars, "gs://bucket/tfds")
+    assert "argument --output: must be a local folder, got gs://bucket/tfds" in (
+        capsys.readouterr().err
+    )
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr(prepare_imagenet.shutil, "disk_usage", lambda _: usage)
+    assert _prepare(tars, tmp_path / "out", "--any-size") == 2
+    assert f"`--output` must have room for about 0.0 GB, got {tmp_path / 'out'} with 0.0 GB" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / "file").touch()
+    assert _prepare(tars, tmp_path / "file" / "out", "--any-size") == 2
+    assert f"and of {tmp_path / 'file'}: Not a directory" in capsys.readouterr().err
+
+
+def test_what_killed_preparations_left_is_told(source, tars, tmp_path, builder, capsys):
+    folder = tmp_path / "out" / "imagenet2012"
+    (folder / "incomplete.ABC_5.1.0").mkdir(parents=True)
+    (folder / ".5.1.0.partial-123").mkdir()
+    builder.append(lambda folder: fake_imagenet.write_dataset(folder.parents[1], "array_record"))
+    assert _prepare(tars, tmp_path / "out", "--any-size") == 0
+    assert f"note: {folder / 'incomplete.ABC_5.1.0'} is of a preparation" in capsys.readouterr().err
+    assert _convert(source, tmp_path / "out", "--force") == 0
+    assert f"note: {folder / '.5.1.0.partial-123'} is of a conversion" in capsys.readouterr().err
+
+
+def test_a_conversion_on_a_full_disk_is_one_line_and_leaves_nothing(
+    source, tmp_path, capsys, monkeypatch
+):
+    class Full:
+        def __init__(self, path, _):
+            pathlib.Path(path).touch()
+
+        def write(self, _):
+            raise RuntimeError("write() failed: No space left on device")
+
+        def close(self):
+            raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr(to_array_record.array_record_module, "ArrayRecordWriter", Full)
+    assert _convert(source, tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "could not be written: write() failed: No space left on device. Nothing" in line
+    assert _entries(tmp_path / "out" / "imagenet2012") == []
+
+
+def test_a_folder_above_or_inside_a_version_is_told_where_to_go(source, tmp_path, capsys):
+    for above in (source.parent, source.parents[1]):
+        assert _convert(above, tmp_path / "out") == 2
+        assert f"and no features.json. Give {source}." in capsys.readouterr().err
+    for inside in (source, source.parent):
+        with pytest.raises(ValueError, match=f"which is inside .* Give '{source.parents[1]}'"):
+            open_source("imagenet2012", "train", root=str(inside))
 
 
 def test_an_earlier_preparation_is_not_taken_for_a_new_one(tars, tmp_path, capsys):

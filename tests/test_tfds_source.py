@@ -326,3 +326,12 @@ def test_array_records_on_other_stores_than_gs_are_refused(tmp_path):
     data_dir = _upload(folder, f"/{tmp_path.name}")
     with pytest.raises(ValueError, match="ArrayRecord files must be local or on gs://, got memory"):
         TfdsSource("imagenet2012", "train", data_dir=data_dir)
+
+
+def test_a_set_without_a_held_out_split_cannot_be_evaluated_on(tmp_path):
+    folder = _digits(tmp_path, records={"train": [fake_imagenet.example(IMAGE, 0)] * 3})
+    assert len(_open(folder, name="mnist")) == 3
+    with pytest.raises(
+        ValueError, match=r"must have a split 'validation' or 'test', .*got train al"
+    ):
+        _open(folder, "eval", "mnist")

@@ -11,6 +11,7 @@ Both leave a folder that is the `data.root` of a config, with `data.name` the na
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )
     imagenet.add_argument(
         "--tars",
-        type=pathlib.Path,
+        type=_local,
         required=True,
         metavar="DIR",
         help="the folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
@@ -51,14 +52,16 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         "--md5", action="store_true", help="compare the archives' contents too: reads 155 GB more"
     )
     imagenet.add_argument(
-        "--any-size", action="store_true", help="take archives of other sizes, such as excerpts"
+        "--any-size",
+        action="store_true",
+        help="take archives of other sizes, such as excerpts; of the validation images the first N",
     )
     convert = commands.add_parser(
         "arrayrecord", help="a TFDS data set in TFRecord files as one in ArrayRecord files"
     )
     convert.add_argument(
         "--input",
-        type=pathlib.Path,
+        type=_local,
         required=True,
         metavar="DIR",
         help="the folder of one version, with dataset_info.json and the TFRecord files",
@@ -77,17 +80,29 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 def _add_output(parser: argparse.ArgumentParser, inner: str) -> None:
     parser.add_argument(
         "--output",
-        type=pathlib.Path,
+        type=_local,
         required=True,
         metavar="DATA_DIR",
         help=f"the result goes to {inner} in this folder",
     )
 
 
+def _local(path: str) -> pathlib.Path:
+    if "://" in path:
+        raise argparse.ArgumentTypeError(
+            f"must be a local folder, got {path}. Copy the data from or to it, with gcloud storage "
+            "cp or the like."
+        )
+    return local_path(path).absolute()
+
+
 def run(args: argparse.Namespace) -> pathlib.Path:
     """Does what the command line asks for; returns the folder that was written."""
     # Imported here: --help and a mistyped option are answered at once.
     if args.program == "imagenet":
+        # TensorFlow is to say nothing of GPUs, which it does not need here.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
         from metaformer_jax.data.prepare_imagenet import prepare_imagenet
 
         return prepare_imagenet(
@@ -109,8 +124,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = _PROG) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    folder = run(args)
-    name = "/".join(folder.relative_to(local_path(args.output).absolute()).parts[:-1])
+    with programs.naming_options(tars="--tars", source="--input", data_dir="--output"):
+        folder = run(args)
+    name = "/".join(folder.relative_to(args.output).parts[:-1])
     print(f"{folder}\nUse it with data.name={name} and data.root={args.output}")
 
 

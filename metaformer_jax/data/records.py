@@ -106,6 +106,9 @@ def check_count(shard: Shard) -> None:
         # What kept it from opening comes out here.
         reader.close()
     except RuntimeError as error:
+        if not storage.is_remote(shard.path):
+            # One that may not be read says so.
+            open(shard.path, "rb").close()
         problem = f" ({error})"
         raise wrong_count(
             shard.path, found=found, announced=shard.num_records, problem=problem

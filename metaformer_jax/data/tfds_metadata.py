@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 
 from metaformer_jax.data import storage
 from metaformer_jax.data.records import Shard
+from metaformer_jax.messages import first_line
 from metaformer_jax.paths import local_path
 
 # Where both forms lie side by side, the first is read: it has its own index.
@@ -137,7 +138,7 @@ def load_info(folder: str) -> Any:
         except Exception as error:
             raise ValueError(
                 f"{folder} must hold the metadata of a prepared TFDS data set, got files that TFDS "
-                f"does not read: {_first_line(error)}. Copy or prepare the data set again."
+                f"does not read: {first_line(error)}. Copy or prepare the data set again."
             ) from error
 
 
@@ -149,13 +150,19 @@ def split_shards(info: Any, folder: str, split: str) -> tuple[Shard, ...]:
     """
     if split == "eval" and split not in info.splits:
         split = next((name for name in ("validation", "test") if name in info.splits), split)
+        if split == "eval":
+            raise ValueError(
+                f"{info.full_name} must have a split 'validation' or 'test', which evaluation "
+                f"reads, got {', '.join(info.splits)} alone. Sort its images into folders, with "
+                "config.data.name=folder, or prepare a set that has one."
+            )
     file_format = stored_format(info)
     try:
         instructions = info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"`split` must be one of {info.full_name}'s, {', '.join(info.splits)}, or a slice such "
-            f"as 'train[:90%]', got {split!r}: {_first_line(error)}"
+            f"as 'train[:90%]', got {split!r}: {first_line(error)}"
         ) from error
     if not instructions:
         raise ValueError(f"`split` must hold at least one record, got {split!r}, which is empty.")
@@ -198,6 +205,12 @@ def _versions(folder: str) -> list[str]:
 
 
 def _not_prepared(name: str, dataset: str, data_dir: str, searched: str) -> ValueError:
+    inside = _root_above(dataset, data_dir)
+    if inside is not None:
+        return ValueError(
+            f"`data.root` must be the folder in which TFDS prepared {name!r}, got {data_dir!r}, "
+            f"which is inside the data set. Give {inside!r}."
+        )
     there = storage.list_folder(searched) or storage.list_folder(data_dir)
     where = searched if storage.list_folder(searched) else data_dir
     if dataset == "imagenet2012":
@@ -215,14 +228,35 @@ def _not_prepared(name: str, dataset: str, data_dir: str, searched: str) -> Valu
     )
 
 
+def _root_above(dataset: str, folder: str) -> str | None:
+    """The `data_dir` of a data set whose own folder, or one of a version in it, this is."""
+    above, name = folder.rstrip("/").rpartition("/")[::2]
+    is_version = _VERSION.fullmatch(name) and _INFO in storage.list_folder(folder)
+    if is_version or (name == dataset and _versions(folder)):
+        while name and name != dataset:
+            above, name = above.rpartition("/")[::2]
+        return above if name == dataset else None
+    return None
+
+
+def _version_below(folder: str, names: list[str]) -> str | None:
+    """The newest version in a data set's folder, or in that of the first data set in a folder."""
+    for inner in (folder, *(storage.join(folder, name) for name in names)):
+        if versions := _versions(inner):
+            return storage.join(inner, versions[-1])
+    return None
+
+
 @contextlib.contextmanager
 def _local_metadata(folder: str) -> Iterator[str]:
     """The folder itself, or for a remote one a copy of its small files."""
     names = storage.list_folder(folder)
     if missing := [name for name in (_INFO, _FEATURES) if name not in names]:
+        version = _version_below(folder, names)
+        remedy = f"Give {version}" if version else "Copy or prepare the data set again"
         raise ValueError(
             f"{folder} must hold {_INFO} and {_FEATURES}, got no {' and no '.join(missing)}. "
-            "Copy or prepare the data set again."
+            f"{remedy}."
         )
     if not storage.is_remote(folder):
         yield folder
@@ -260,7 +294,3 @@ def _keys(info: Any) -> tuple[str, str]:
         f"{info.full_name} must be an image classification set, with one Image and one ClassLabel "
         f"or with supervised keys that name them, got {kinds or 'other features'}."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

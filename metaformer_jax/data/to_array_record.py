@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from metaformer_jax.data import storage, tfds_metadata
 from metaformer_jax.data.records import Shard, check_count, check_present
 from metaformer_jax.data.tfrecord import read_records
+from metaformer_jax.messages import first_line
 from metaformer_jax.paths import local_path, when_whole
 
 _INFO = "dataset_info.json"
@@ -55,6 +56,12 @@ def convert_dataset(
     inner = (info.name, info.config_name or "", str(info.version))
     target = local_path(data_dir).absolute().joinpath(*inner)
     _check_target(target, source, force=force)
+    for left in sorted(target.parent.glob(f".{target.name}.partial-*")):
+        note = (
+            f"note: {left} is of a conversion that was killed, or is still running. Nothing reads "
+            "it: remove it once none is."
+        )
+        (console or Console(stderr=True)).print(note, soft_wrap=True, markup=False, highlight=False)
     # TFDS sees no version in the name of the partial folder.
     with (
         when_whole(target, is_folder=True) as partial,
@@ -92,13 +99,18 @@ def _tfrecord_shards(info: Any, source: pathlib.Path) -> list[Shard]:
 def _convert_file(shard: Shard, folder: pathlib.Path, advance: Callable[[int], None]) -> None:
     name = os.path.basename(shard.path).replace(".tfrecord-", ".array_record-")
     path = os.path.join(folder, name)
-    writer = array_record_module.ArrayRecordWriter(path, _WRITER_OPTIONS)
     try:
-        for record in read_records(shard.path, num_records=shard.num_records):
-            writer.write(record)
-            advance(len(record))
-    finally:
-        writer.close()
+        writer = array_record_module.ArrayRecordWriter(path, _WRITER_OPTIONS)
+        try:
+            for record in read_records(shard.path, num_records=shard.num_records):
+                writer.write(record)
+                advance(len(record))
+        finally:
+            writer.close()
+    except RuntimeError as error:
+        raise OSError(
+            f"{path} could not be written: {first_line(error)}. Nothing was kept."
+        ) from error
     # A disk that fills up while the file is closed shows here.
     check_count(Shard(path, shard.num_records, 0, shard.num_records))
 
