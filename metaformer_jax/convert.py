@@ -116,6 +116,12 @@ def convert(args: argparse.Namespace) -> list["Record"]:
     settings = asked
     if workdir.is_workdir(args.input):
         name = name or workdir.read_model_name(args.input)
+        if name is None:
+            raise ValueError(
+                f"--input must be weights of a published model, got {args.input}, the workdir of a "
+                "network that has no published name. Load it as it is: where weights are asked "
+                "for, this folder may be given."
+            )
         settings = asked | workdir.read_sizes(args.input)
     elif args.input.is_dir() or is_portable_file(args.input):
         record = read_record(args.input)

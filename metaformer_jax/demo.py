@@ -136,7 +136,7 @@ def answer(
         return {}, None
     import numpy as np
 
-    from metaformer_jax.data.transforms import in_channels
+    from metaformer_jax.data.transforms import to_channels
     from metaformer_jax.figures import to_array
     from metaformer_jax.inference.drawing import Explanation, explanations_figure
     from metaformer_jax.inference.results import likeliest
@@ -144,7 +144,7 @@ def answer(
 
     question = (name, weights, _state_of(weights))
     classifier, explainer = _load(*question), _explainer(*question, stage)
-    pixels = classifier.transform.of_image(in_channels(image, classifier.transform.channels))
+    pixels = classifier.transform.of_image(to_channels(image, classifier.transform.channels))
     guesses = likeliest(
         np.asarray(classifier.probabilities(pixels[None]))[0], classifier.class_names, top=TOP
     )

@@ -136,9 +136,19 @@ def _explain(error: Exception, argv: list[str]) -> Exception:
                 settings.check_known(name.removeprefix("config."))
             except ValueError as unknown_field:
                 return unknown_field
+    if not path:
+        return ValueError(
+            "`--config` must be given: a Python file that defines get_config(). configs/ holds the "
+            "published ones."
+        )
     if isinstance(error, flags.Error):
         if "Traceback" not in str(error):
             return error
+        if "get_config() takes 0 positional arguments" in str(error):
+            return ValueError(
+                f"`--config` must be {path!r} alone, without a colon: its get_config() takes "
+                "nothing."
+            )
         # The error inside get_config is the last line, after its traceback.
         return ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
     return ValueError(

@@ -11,6 +11,16 @@ from collections.abc import Sequence
 from metaformer_jax import programs
 
 _PROG = "python -m metaformer_jax.validate"
+# From the fields of the evaluation's config to the options that give them.
+_OPTIONS = {
+    "config.data.root": "data",
+    "config.data.image_size": "--img-size",
+    "config.data.num_workers": "--workers",
+    "config.eval_batch_size": "--batch-size",
+    "config.eval_crop_fraction": "--crop-pct",
+    "config.eval_interpolation": "--interpolation",
+    "config.model.pretrained": "--checkpoint",
+}
 
 
 def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -82,7 +92,8 @@ def _validate(args: argparse.Namespace) -> None:
         eval_crop_fraction=images["crop_fraction"],
         eval_interpolation=images["interpolation"],
     )
-    evaluation.evaluate(config, console=Console())
+    with programs.naming_options(**_OPTIONS):
+        evaluation.evaluate(config, console=Console())
 
 
 if __name__ == "__main__":

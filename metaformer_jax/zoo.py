@@ -75,7 +75,9 @@ def _show(pattern: str | None, plot: pathlib.Path | None) -> None:
 
     names = models.list_models(pattern)
     if not names:
-        raise ValueError("no published model matches. Without a pattern all are listed.")
+        raise ValueError(
+            f"no published model matches {pattern!r}. Without a pattern all are listed."
+        )
     plot = plot and local_path(plot)
     _check_plot(plot)
     counted = {}
@@ -245,7 +247,7 @@ def _check_plot(path: pathlib.Path | None) -> None:
         raise ValueError(f"`--plot` must lie in a folder that is there, got {path}.")
     from metaformer_jax.weights.outputs import check_can_be_written
 
-    check_can_be_written(path)
+    check_can_be_written(path, what="`--plot`")
 
 
 @functools.cache

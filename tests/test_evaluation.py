@@ -47,6 +47,7 @@ def test_only_what_is_there_counts_and_five_ranks_are_the_top():
     run = types.SimpleNamespace(
         config=recipes.digits(),
         eval_source=range(5),
+        eval_transform=None,
         eval_batch_size=4,
         evaluation_batches=lambda: contextlib.nullcontext(halves),
         engine=types.SimpleNamespace(eval_step=lambda state, batch: batch),

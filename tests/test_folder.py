@@ -112,9 +112,10 @@ def test_test_serves_as_val_where_there_is_no_val(root):
     assert "test" in source.describe(0)
 
 
-def test_val_is_taken_where_both_are_there(root):
+def test_where_both_are_there_each_is_itself(root):
     _write(root / "test", "n01440764/x.jpg", "n01443537/x.jpg", "n02085620/x.jpg")
     assert len(ImageFolder(root, "val")) == 9
+    assert len(ImageFolder(root, "test")) == 3
 
 
 def test_many_names_take_little_memory_in_a_pickle(tmp_path):
@@ -193,7 +194,7 @@ def test_a_wrong_layout_is_one_clear_error(root, arrange, message):
 
 
 def test_unknown_splits_are_refused(root):
-    with pytest.raises(ValueError, match="`split` must be 'train' or 'val', got 'dev'"):
+    with pytest.raises(ValueError, match="`split` must be 'train', 'val' or 'test', got 'dev'"):
         ImageFolder(root, "dev")
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from metaformer_jax.data import loader
 from metaformer_jax.data.loader import DataError, Share, Workers
-from metaformer_jax.data.transforms import decode
+from metaformer_jax.data.transforms import BadImageError, decode
 
 
 def _encode(value):
@@ -294,7 +294,7 @@ def test_a_program_that_ends_with_an_error_leaves_nothing_but_the_error(tmp_path
     """
     result = _run(program, tmp_path)
     first, *named = result.stderr.splitlines()
-    assert first == "At most 0 of 64 examples may be bad (`data.max_bad_fraction`), got 1:"
+    assert first == "At most 0 of 64 examples may be bad (`config.data.max_bad_fraction`), got 1:"
     assert len(named) == 1
 
 
@@ -334,6 +334,19 @@ def test_an_evaluation_stops_at_bad_examples_too():
     with (
         loader.evaluation_batches(source, _pixels, share=Share(batch_size=4)) as batches,
         pytest.raises(DataError, match="got 1:"),
+    ):
+        list(batches)
+
+
+def test_what_ails_an_image_is_told_though_it_can_be_decoded():
+    def transform(data):
+        if (pixels := _pixels(data)) == 2:
+            raise BadImageError("1x3000 pixels")
+        return pixels
+
+    with (
+        loader.evaluation_batches(Numbers(4), transform, share=Share(batch_size=4)) as batches,
+        pytest.raises(DataError, match=r"got 1:\n  number 2: 1x3000 pixels$"),
     ):
         list(batches)
 

@@ -34,10 +34,15 @@ def _main(*arguments):
         ),
         ([DIGITS, "--config.lerning=3"], "Did you mean optimizer.learning_rate?"),
         ([DIGITS, "--config.epochs=many"], "could not convert string to float: 'many'"),
-        ([DIGITS, "--config.model.drop_path_rate=-1"], "`drop_path_rate` must be in [0, 1)"),
+        (
+            [DIGITS, "--config.model.drop_path_rate=-1"],
+            "`config.model.drop_path_rate` must be in [0, 1)",
+        ),
         ([DIGITS, "--mode=trian"], "<train|eval|preview|compile>"),
         ([DIGITS, "again"], "Arguments must be --flags, got again"),
-        ([], "--config must have a value"),
+        ([DIGITS, "--config.optimizer.lr=1"], "Did you mean optimizer.learning_rate?"),
+        ([f"{DIGITS}:384"], "must be 'configs/digits.py' alone, without a colon"),
+        ([], "`--config` must be given: a Python file that defines get_config()"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
@@ -180,9 +185,11 @@ def test_a_preview_draws_the_first_batch(tmp_path):
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(mode, tmp_path):
     # Whatever looks at more than the output would refuse this mesh.
     wrong = "--config.mesh.data=3"
-    result = _main(DIGITS, wrong, f"--mode={mode}", f"--output={tmp_path / 'nowhere' / 'output'}")
+    result = _main(
+        DIGITS, wrong, f"--mode={mode}", f"--output={tmp_path / 'nowhere' / 'output.png'}"
+    )
     assert result.returncode == 2
-    assert "`output` must be a file that can be written, got" in result.stderr
+    assert "`--output` must be a file that can be written, got" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -29,6 +29,11 @@ def test_every_mixer_keeps_shape_and_dtype(mixer, dtype, x):
     assert (mixed.shape, mixed.dtype) == (x.shape, dtype)
 
 
+def test_random_mixing_computes_in_its_own_dtype(x):
+    mixer = mixers.RandomMixing(64, resolution=(4, 6), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert mixer(x).dtype == jnp.bfloat16
+
+
 def test_random_mixing_rows_sum_to_one_and_are_frozen():
     module = mixers.RandomMixing(8, resolution=(4, 6), rngs=nnx.Rngs(0))
     assert isinstance(module.random_matrix, Frozen)

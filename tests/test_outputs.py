@@ -139,7 +139,7 @@ def test_an_output_without_a_place_is_refused_at_once(place, tmp_path):
 @pytest.mark.parametrize("name", ["nowhere/output", "file/output", "."])
 def test_a_file_that_could_not_be_written_in_the_end_is_refused(name, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="`output` must be a file that can be written, got"):
+    with pytest.raises(ValueError, match="`--output` must be a file that can be written, got"):
         check_can_be_written(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

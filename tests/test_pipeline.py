@@ -130,6 +130,6 @@ def test_a_damaged_record_is_replaced_and_beyond_the_limit_named(form, tmp_path)
     assert name in reason
     with (
         loader.training_batches(source, TRANSFORM, **arguments) as batches,
-        pytest.raises(DataError, match=f"`data.max_bad_fraction`.*\n.*{name}"),
+        pytest.raises(DataError, match=f"`config.data.max_bad_fraction`.*\n.*{name}"),
     ):
         list(itertools.islice(batches, 4))

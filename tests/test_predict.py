@@ -1,6 +1,7 @@
 """The program that says what pictures show."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -240,6 +241,13 @@ def test_a_picture_that_cannot_be_used_says_why(tmp_path, name):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_whether_it_is_too_thin_depends_on_the_crop_of_the_resized_picture(tmp_path):
+    (tmp_path / "thread.png").write_bytes(huge_png(1, 80_000))
+    cropped = dataclasses.replace(COLOUR, crop_fraction=0.5)
+    with pytest.raises(BadImageError, match="to resize to 64 on the short side"):
+        read_image(tmp_path / "thread.png", cropped)
+
+
 def test_nothing_is_left_where_no_picture_can_be_used(call, tmp_path):
     (tmp_path / "text.jpg").write_bytes(b"hello")
     output = tmp_path / "out.csv"
@@ -274,9 +282,10 @@ def test_unusual_pixels_are_taken_for_what_they_show(tmp_path):
     grey = picture("grey", "L")
     grey.save(tmp_path / "8.png")
     assert read_image(tmp_path / "8.png", COLOUR)[1] == []
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 77).save(tmp_path / "16.png")
-    note = "16 bits per pixel, of which the upper 8 are taken"
-    assert_read_as(tmp_path / "16.png", tmp_path / "8.png", note)
+    for name in ("16.png", "16.pgm"):
+        Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 77).save(tmp_path / name)
+        note = "16 bits per pixel, of which the upper 8 are taken"
+        assert_read_as(tmp_path / name, tmp_path / "8.png", note)
     transparent = grey.convert("RGBA")
     transparent.putalpha(0)
     transparent.save(tmp_path / "transparent.png")

@@ -177,7 +177,7 @@ def test_classes_of_a_fine_tuned_checkpoint_have_to_be_named(tmp_path):
     np.testing.assert_array_equal(model.head.fc.kernel[...], np.ones((512, 10)))
 
 
-def test_other_channels_change_the_stem_alone_and_three_is_no_request(tmp_path):
+def test_other_channels_than_the_checkpoints_have_to_be_named_and_change_the_stem_alone(tmp_path):
     original = create_model(SMALL, pretrained=folder_once(), rngs=nnx.Rngs(0))
     model = create_model(SMALL, pretrained=folder_once(), in_channels=4, rngs=nnx.Rngs(0))
     kernel = values(model).pop(("downsample_layers", 0, "conv", "kernel"))
@@ -188,6 +188,12 @@ def test_other_channels_change_the_stem_alone_and_three_is_no_request(tmp_path):
     assert_same(values(again), values(model))
     with pytest.raises(CheckpointError, match="images have 4 channels, the model's 3"):
         create_model(SMALL, pretrained=tmp_path / "four", rngs=nnx.Rngs(0))
+    back = create_model(SMALL, pretrained=tmp_path / "four", in_channels=3, rngs=nnx.Rngs(0))
+    assert back.in_channels == 3
+    stem = ("downsample_layers", 0, "conv", "kernel")
+    kept, expected = values(back), values(original)
+    assert kept.pop(stem).shape == expected.pop(stem).shape
+    assert_same(kept, expected)
 
 
 def test_randformer_at_another_size_is_refused_with_the_way_to_resample(tmp_path):

@@ -203,3 +203,26 @@ def test_what_is_computed_anew_may_be_left_to_the_platform():
             jax.grad(lambda params: nnx.merge(graphdef, params, rest)(_images()).sum())
         )(params)
     assert str(program).count("remat") == 6
+
+
+def test_blocks_that_change_variables_of_their_own_are_written_out():
+    class RunningNorm(nnx.BatchNorm):
+        def __init__(self, dim, *, dtype=None, rngs):
+            super().__init__(dim, dtype=dtype, rngs=rngs)
+
+    spec = MetaFormerSpec(
+        depths=(3,),
+        dims=(8,),
+        token_mixers=(models.IdentityMixing,),
+        res_scale_init=(None,),
+        norm=RunningNorm,
+    )
+    means = []
+    for scan in (0, 1):
+        model = MetaFormer(spec, num_classes=5, image_size=16, scan=scan, rngs=nnx.Rngs(0))
+        model(_images())
+        means.append(
+            [nnx.state(block, nnx.BatchStat)["norm1"]["mean"][...] for block in model.stages[0]]
+        )
+    assert all(np.any(mean != 0) for mean in means[0])
+    np.testing.assert_array_equal(means[0], means[1])

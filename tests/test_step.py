@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from metaformer_jax.data.device import DeviceTransform
@@ -373,3 +374,21 @@ def test_meshes_that_do_not_fit_the_devices_are_refused(arguments, message):
 def test_a_mesh_takes_all_devices_by_default():
     assert dict(sharding.create_mesh().shape) == {"data": 8, "fsdp": 1}
     assert dict(sharding.create_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4}
+
+
+def test_a_model_whose_norms_keep_running_means_is_refused():
+    class RunningNorm(nnx.BatchNorm):
+        def __init__(self, dim, *, dtype=None, rngs):
+            super().__init__(dim, dtype=dtype, rngs=rngs)
+
+    spec = dataclasses.replace(SPECS["random"], norm=RunningNorm)
+    with pytest.raises(
+        ValueError,
+        match=r"must be nnx.Param or Frozen, got others at stages.0.0.norm1.mean, .*, \.\.\.\. ",
+    ):
+        Engine(
+            lambda rngs: MetaFormer(spec, num_classes=4, image_size=16, rngs=rngs),
+            optim.make_optimizer("adamw", lambda _: 1e-3),
+            mesh=_mesh(1, 1),
+            transform=PLAIN,
+        )

@@ -88,6 +88,8 @@ def test_a_new_head_is_random_and_the_rest_stays(head):
         replace_head(model, -1, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match="`head_dropout`"):
         replace_head(model, 7, head_dropout=1.5, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="streams params and dropout, got none called dropout"):
+        replace_head(model, 7, head_dropout=0.3, rngs=nnx.Rngs(params=0))
     with pytest.raises(ValueError, match=r"`rngs` must be nnx\.Rngs, got int"):
         replace_head(model, 7, rngs=1)
 

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import pathlib
 import shutil
 import signal
 import struct
@@ -569,7 +570,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_examples(tmp_
 
 def test_updates_with_such_a_loss_are_skipped_on_request_up_to_a_number(tmp_path):
     config = _overflowing(on_nonfinite="skip", max_skipped_updates=5)
-    with pytest.raises(NonFiniteError, match=r"loss of step 7 .*the 6th in a row"):
+    with pytest.raises(NonFiniteError, match=r"loss of step 7 .*: 6 such .*_updates \(now 5\)"):
         _train(tmp_path, config)
     config = _overflowing(on_nonfinite="skip", max_skipped_updates=50)
     _train(tmp_path / "patient", config)
@@ -600,7 +601,7 @@ def test_evaluating_without_a_checkpoint_leaves_nothing_behind(tmp_path):
             r"`config.optimizer.layer_decay` must be 1 where .* got 0.7",
         ),
         ({"batch_size": 0}, r"`config.batch_size` must be positive, got 0"),
-        ({"seed": -1}, r"`config.seed` must not be negative, got -1"),
+        ({"seed": -1}, r"`config.seed` must be at least 0, got -1"),
         ({"label_smoothing": 1.0}, r"`config.label_smoothing` must be in \[0, 1\), got 1.0"),
         ({"optimizer.warmup_epochs": 2.0}, r"warmup_epochs` must be less than the 2 epochs"),
         ({"model.family": "cafomer"}, r"`config.model.family` must be one of.*got 'cafomer'"),
@@ -664,6 +665,8 @@ def test_of_several_processes_the_first_draws_the_batch_and_says_so(index, tmp_p
     preview.preview(_config(), tmp_path / "batch.png", console=Console(file=output, width=200))
     assert (tmp_path / "batch.png").exists() == (index == 0)
     assert bool(output.getvalue()) == (index == 0)
+    with pytest.raises(ValueError, match=r"`--output` must end in .png, got batch.jpg"):
+        preview.preview(_config(), pathlib.Path("batch.jpg"))
 
 
 def test_resumed_metrics_have_no_step_twice_and_lose_a_torn_line(tmp_path):

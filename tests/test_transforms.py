@@ -451,7 +451,7 @@ def test_contrast_spreads_grey_values_and_never_inverts_them():
 def plain(**changes):
     """The whole image resized, and what is asked for."""
     settings = {"crop": "none", "interpolations": ("bicubic",), "flip_probability": 0.0}
-    return TrainTransform(image_size=16, **{**settings, **changes})
+    return TrainTransform(**{"image_size": 16, **settings, **changes})
 
 
 def several(transform, image, count=200):
@@ -555,7 +555,11 @@ def test_an_evaluation_takes_its_fraction_filter_and_channels(name, channels):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"crop_scale": (1.0, 0.5)}, "`crop_scale` must be positive and in order"),
+        ({"image_size": 0}, "`image_size` must be positive, got 0"),
+        ({"crop_scale": (1.0, 0.5)}, "`crop_scale` must be in order"),
+        ({"crop_scale": (0.5, 1.5)}, r"`crop_scale` must be in order and in \(0, 1\], got"),
+        ({"color_jitter": -0.1}, "`color_jitter` must not be negative, got -0.1"),
+        ({"max_shift": -1}, "`max_shift` must not be negative, got -1"),
         ({"crop_ratio": (0.0, 0.5)}, "`crop_ratio` must be positive and in order"),
         ({"interpolations": ()}, "`interpolations` must name at least one"),
         ({"flip_probability": 1.5}, r"`flip_probability` must be in \[0, 1\], got 1.5"),

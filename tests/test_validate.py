@@ -94,9 +94,9 @@ def test_a_run_is_evaluated_on_images_as_it_trained_on_them(folder, tmp_path, ca
             "existing checkpoint, got gone",
         ),
         (["imagenet", "--model", NAME, "--checkpoint", "x" * 300], "File name too long"),
-        (["imagenet", "--model", NAME, "-b", "0"], "`config.eval_batch_size` must be positive"),
-        (["imagenet", "--model", NAME, "--img-size", "0"], "image_size` must be positive, got 0"),
-        (["imagenet", "--model", NAME, "--crop-pct", "2"], "`crop_fraction` must be in"),
+        (["imagenet", "--model", NAME, "-b", "0"], "`--batch-size` must be positive"),
+        (["imagenet", "--model", NAME, "--img-size", "0"], "`--img-size` must be positive, got 0"),
+        (["imagenet", "--model", NAME, "--crop-pct", "2"], "`--crop-pct` must be in"),
     ],
 )
 def test_a_mistake_is_one_line(folder, arguments, message, monkeypatch, capsys):

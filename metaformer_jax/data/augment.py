@@ -60,20 +60,29 @@ class TrainTransform:
     def __post_init__(self):
         if self.crop not in CROPS:
             raise ValueError(f"`crop` must be one of {', '.join(CROPS)}, got {self.crop!r}.")
+        _check_image_size(self.image_size)
         for name in self.interpolations:
             check_interpolation(name)
         if not self.interpolations:
             raise ValueError("`interpolations` must name at least one filter, got none.")
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(
-                    f"`{name}` must be positive and in order, got {getattr(self, name)}."
-                )
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"`crop_scale` must be in order and in (0, 1], got {self.crop_scale}.")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"`crop_ratio` must be positive and in order, got {self.crop_ratio}.")
+        for name in ("color_jitter", "max_shift"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"`flip_probability` must be in [0, 1], got {self.flip_probability}.")
 
     def __call__(self, data: bytes, rng: np.random.Generator) -> UInt8[np.ndarray, "h w c"]:
+        """The image that a file of this content gives.
+
+        Raises:
+            BadImageError: it gives none.
+        """
         image = self._decode_and_crop(data, rng)
         image = transforms.random_flip(image, rng=rng, probability=self.flip_probability)
         if self.randaugment is not None:
@@ -126,15 +135,25 @@ class EvalTransform:
     interpolation: str = "bicubic"
 
     def __post_init__(self):
+        _check_image_size(self.image_size)
         check_interpolation(self.interpolation)
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"`crop_fraction` must be in (0, 1], got {self.crop_fraction}.")
 
     def __call__(self, data: bytes) -> UInt8[np.ndarray, "h w c"]:
+        """The image that a file of this content gives.
+
+        Raises:
+            BadImageError: it gives none.
+        """
         return self.of_image(transforms.decode(data, channels=self.channels))
 
     def of_image(self, image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
-        """The same from a decoded image, of mode RGB or L as the channels say."""
+        """The same from a decoded image, of mode RGB or L as the channels say.
+
+        Raises:
+            BadImageError: see `check_size`.
+        """
         image = transforms.evaluation_transform(
             image,
             self.image_size,
@@ -142,6 +161,20 @@ class EvalTransform:
             interpolation=INTERPOLATIONS[self.interpolation],
         )
         return transforms.to_array(image)
+
+    def check_size(self, width: int, height: int) -> None:
+        """Makes sure that an image can be resized as this transform does, before it is decoded.
+
+        Raises:
+            BadImageError: it is too long and thin.
+        """
+        side = transforms.resized_side(self.image_size, self.crop_fraction)
+        transforms.size_with_short_side(width, height, side)
+
+
+def _check_image_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"`image_size` must be positive, got {size}.")
 
 
 def check_interpolation(name: str) -> None:

@@ -111,7 +111,7 @@ def check_groups(batch_size: int, num_devices: int, group_size: int) -> None:
         )
     if share % group_size:
         raise ValueError(
-            f"`mixing.group_size` must divide each device's part of the batch, {share} of "
+            f"`config.mixing.group_size` must divide each device's part of the batch, {share} of "
             f"{batch_size} images, got {group_size}. Use {math.gcd(share, group_size)}, or a batch "
             f"of {group_size * num_devices}."
         )

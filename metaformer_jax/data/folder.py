@@ -12,11 +12,11 @@ from PIL import Image
 
 from metaformer_jax.data.sources import Record, checked_index
 from metaformer_jax.data.transforms import readable_formats
+from metaformer_jax.messages import listing
 from metaformer_jax.paths import local_path
 
 # Directories read at a time. Each waits for the file system most of the time.
 _SCAN_THREADS = 16
-_MAX_NAMED = 5
 
 
 class ImageFolder:
@@ -30,7 +30,7 @@ class ImageFolder:
     Args:
         root: the folder that holds `train` and `val`. A `test` folder serves as `val` where there
             is no `val`.
-        split: "train" or "val" ("test" is the same).
+        split: "train", "val", or "test", which is `val` where there is no `test`.
 
     Raises:
         ValueError: `root` is not laid out like that; a class folder is missing, additional or
@@ -41,7 +41,7 @@ class ImageFolder:
 
     def __init__(self, root: str | os.PathLike[str], split: str):
         if split not in ("train", "val", "test"):
-            raise ValueError(f"`split` must be 'train' or 'val', got {split!r}.")
+            raise ValueError(f"`split` must be 'train', 'val' or 'test', got {split!r}.")
         folders = _split_folders(local_path(root), split)
         self._folder = os.fspath(folders["train" if split == "train" else "val"])
         self.class_names = tuple(_class_folders(folders.get("train", folders["val"])))
@@ -52,7 +52,7 @@ class ImageFolder:
         if empty:
             raise ValueError(
                 f"Each class of {self._folder} must have an image that Pillow reads, got none in "
-                f"{_listing(empty)}. Remove the folder from every split, or fill it."
+                f"{listing(empty)}. Remove the folder from every split, or fill it."
             )
         # One block of bytes and two arrays: the 1.28 million names of ImageNet take 30 MB in each
         # worker process, against 200 as a list.
@@ -87,7 +87,8 @@ def _split_folders(root: pathlib.Path, split: str) -> dict[str, pathlib.Path]:
             f"`root` must be a folder that holds 'train' and 'val', got {str(root)!r}, which is "
             f"{'no folder' if root.exists() else 'not there'}."
         )
-    held_out = "val" if (root / "val").is_dir() or not (root / "test").is_dir() else "test"
+    first, second = ("test", "val") if split == "test" else ("val", "test")
+    held_out = second if (root / second).is_dir() and not (root / first).is_dir() else first
     folders = {"train": root / "train", "val": root / held_out}
     # To evaluate takes no training images.
     needed = ["train", "val"] if split == "train" else ["val"]
@@ -95,7 +96,7 @@ def _split_folders(root: pathlib.Path, split: str) -> dict[str, pathlib.Path]:
         raise ValueError(
             f"`root` must hold {' and '.join(map(repr, needed))} (or 'test'), a folder with one "
             f"folder for each class, got {str(root)!r} without {' and '.join(map(repr, missing))}. "
-            f"It holds {_listing(sorted(os.listdir(root)))}."
+            f"It holds {listing(sorted(os.listdir(root)))}."
         )
     return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
@@ -106,7 +107,7 @@ def _class_folders(folder: pathlib.Path) -> list[str]:
     if not names:
         raise ValueError(
             f"{folder} must hold one folder for each class, got none. It holds "
-            f"{_listing(sorted(os.listdir(folder)))}. Put each image into a folder with the name "
+            f"{listing(sorted(os.listdir(folder)))}. Put each image into a folder with the name "
             "of its class."
         )
     return names
@@ -117,7 +118,7 @@ def _check_same_classes(class_names: tuple[str, ...], folders: dict[str, pathlib
     if train == held_out:
         return
     differences = [
-        f"{what} {_listing(sorted(names))}"
+        f"{what} {listing(sorted(names))}"
         for what, names in (("without", train - held_out), ("with also", held_out - train))
         if names
     ]
@@ -137,7 +138,7 @@ def _scan(folder: str, class_names: tuple[str, ...]) -> list[list[bytes]]:
         warnings.warn(
             f"{len(ignored)} files below {folder} are left out, as Pillow reads nothing with "
             "their extension, or they are pipes, sockets or devices: "
-            f"{_listing(sorted(ignored))}.",
+            f"{listing(sorted(ignored))}.",
             stacklevel=4,
         )
     return files
@@ -193,9 +194,3 @@ def readable_extensions() -> frozenset[str]:
         for extension, kind in Image.registered_extensions().items()
         if kind in readable_formats()
     )
-
-
-def _listing(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:_MAX_NAMED])) or "nothing"
-    more = len(names) - _MAX_NAMED
-    return f"{shown} and {more:,} more" if more > 0 else shown

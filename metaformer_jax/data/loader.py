@@ -5,7 +5,6 @@ a step is the same in every run, on any number of processes, workers and threads
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypedDict
 
@@ -14,7 +13,6 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
 from metaformer_jax.data.sources import BadRecordError, Source
-from metaformer_jax.data.transforms import decode
 from metaformer_jax.data.workers import Chunk, Chunks, LocalChunks, WorkerDiedError, WorkerPool
 
 # Workers hand over so many images at a time: a batch is soon there, as all of them work at it.
@@ -111,6 +109,39 @@ class Share:
         return step * self.batch_size + self.process_index * self.size
 
 
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """Reads and transforms one example, or the nearest after it that can be read."""
+
+    source: Source
+    transform: Callable[[bytes, Any], UInt8[np.ndarray, "h w c"]]
+
+    def __call__(self, index: int, rng: np.random.Generator | None) -> Example:
+        index = int(index)
+        for neighbour in range(index, index + _MAX_NEIGHBOURS):
+            position = neighbour % len(self.source)
+            try:
+                record = self.source[position]
+                image = self.transform(record["image"], rng)
+            except (BadRecordError, OSError):
+                continue
+            return {
+                "image": image,
+                "label": record["label"],
+                "index": index,
+                "bad": index if position != index else -1,
+            }
+        raise DataError(
+            f"Images must be readable, got {_MAX_NEIGHBOURS} in a row that are not, from "
+            f"{self.why_bad(index)}"
+        )
+
+    def why_bad(self, index: int) -> str:
+        """Names an example, and says what ails it."""
+        rng = np.random.default_rng(index)
+        return why_bad(self.source, lambda data: self.transform(data, rng), index)
+
+
 class Batches(Iterator[Batch]):
     """An iterator over batches, to be closed, that keeps count of bad examples.
 
@@ -121,14 +152,14 @@ class Batches(Iterator[Batch]):
     def __init__(
         self,
         chunks: Chunks,
-        source: Source,
+        load: _Load,
         share: Share,
         *,
         workers: Workers,
         max_bad_fraction: float,
     ):
         self.bad: dict[int, str] = {}
-        self._source = source
+        self._load = load
         self._chunks_per_batch = share.size // share.chunk_size
         self._max_bad_fraction = max_bad_fraction
         self._chunks: WorkerPool | LocalChunks = (
@@ -153,7 +184,7 @@ class Batches(Iterator[Batch]):
         except WorkerDiedError as error:
             raise DataError(
                 f"A worker that reads data has died: {error}. Was it killed for want of memory? "
-                "Lower `data.num_workers`; the last checkpoint is good."
+                "Lower `config.data.num_workers`; the last checkpoint is good."
             ) from error
         batch: Any = {"image": images}
         batch |= {key: np.concatenate([about[key] for about in abouts]) for key in abouts[0]}
@@ -163,10 +194,9 @@ class Batches(Iterator[Batch]):
     def _note_bad(self, bad: Int32[np.ndarray, " b"]) -> None:
         for index in bad[bad >= 0].tolist():
             if index not in self.bad:
-                self.bad[index] = _why_bad(self._source, index)
-        check_few_bad(
-            self._source, [*self.bad], self._max_bad_fraction, why_bad=self.bad.__getitem__
-        )
+                self.bad[index] = self._load.why_bad(index)
+        source, max_bad = self._load.source, self._max_bad_fraction
+        check_few_bad(source, [*self.bad], max_bad, why_bad=self.bad.__getitem__)
 
 
 def check_few_bad(
@@ -174,7 +204,7 @@ def check_few_bad(
     bad: Sequence[int],
     max_bad_fraction: float,
     *,
-    why_bad: Callable[[int], str] | None = None,
+    why_bad: Callable[[int], str],
 ) -> None:
     """Makes sure that no more of a source's examples are bad than may be.
 
@@ -182,19 +212,27 @@ def check_few_bad(
         source: the examples.
         bad: the places in it of those that cannot be read.
         max_bad_fraction: part of the source's examples that may turn out bad.
-        why_bad: says what ails one of them; by default it is read once more.
+        why_bad: names the example in one of the places, and says what ails it.
 
     Raises:
         DataError: more are bad.
     """
     max_bad = max_bad_fraction * len(source)
     if len(bad) > max_bad:
-        why_bad = why_bad or functools.partial(_why_bad, source)
         raise DataError(
             f"At most {int(max_bad)} of {len(source)} examples may be bad "
-            f"(`data.max_bad_fraction`), got {len(bad)}:\n"
+            f"(`config.data.max_bad_fraction`), got {len(bad)}:\n"
             + "\n".join(f"  {why_bad(index)}" for index in bad[:_MAX_NAMED])
         )
+
+
+def why_bad(source: Source, transform: EvalTransformFn, index: int) -> str:
+    """Names an example, and says what ails it: it is read and transformed once more."""
+    try:
+        transform(source[index]["image"])
+    except (BadRecordError, OSError) as error:
+        return f"{source.describe(index)}: {error}"
+    return f"{source.describe(index)}: it could not be read, and now can"
 
 
 def training_batches(
@@ -223,11 +261,12 @@ def training_batches(
     Raises:
         DataError: while iterating, when there are more bad examples, or a worker has died.
     """
+    load = _Load(source, transform)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    examples = order.random_map(_Load(source, transform))
+    examples = order.random_map(load)
     chunks = _Chunks(examples.__getitem__, share, start_step, end=None)
     return Batches(
-        chunks, source, share, workers=workers or Workers(), max_bad_fraction=max_bad_fraction
+        chunks, load, share, workers=workers or Workers(), max_bad_fraction=max_bad_fraction
     )
 
 
@@ -249,36 +288,8 @@ def evaluation_batches(
     load = _Load(source, lambda data, _: transform(data))
     chunks = _Chunks(lambda index: load(index, None), share, 0, end=len(source))
     return Batches(
-        chunks, source, share, workers=workers or Workers(), max_bad_fraction=max_bad_fraction
+        chunks, load, share, workers=workers or Workers(), max_bad_fraction=max_bad_fraction
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Load:
-    """Reads and transforms one example, or the nearest after it that can be read."""
-
-    source: Source
-    transform: Callable[[bytes, Any], UInt8[np.ndarray, "h w c"]]
-
-    def __call__(self, index: int, rng: np.random.Generator | None) -> Example:
-        index = int(index)
-        for neighbour in range(index, index + _MAX_NEIGHBOURS):
-            position = neighbour % len(self.source)
-            try:
-                record = self.source[position]
-                image = self.transform(record["image"], rng)
-            except (BadRecordError, OSError):
-                continue
-            return {
-                "image": image,
-                "label": record["label"],
-                "index": index,
-                "bad": index if position != index else -1,
-            }
-        raise DataError(
-            f"Images must be readable, got {_MAX_NEIGHBOURS} in a row that are not, from "
-            f"{_why_bad(self.source, index)}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,11 +333,3 @@ class _Chunks:
             "bad": bad,
         }
         return Chunk(images, about)
-
-
-def _why_bad(source: Source, index: int) -> str:
-    try:
-        decode(source[index]["image"], channels=source.channels)
-    except (BadRecordError, OSError) as error:
-        return f"{source.describe(index)}: {error}"
-    return f"{source.describe(index)}: it could not be read, and now can"

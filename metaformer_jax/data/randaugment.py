@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from metaformer_jax.data.transforms import enhance
+
 _MAX_MAGNITUDE = 10.0
 _MAX_STD = 100.0
 _PART = re.compile(
@@ -180,10 +182,6 @@ def _table(values: tuple[int, ...], bands: int) -> list[int]:
     return list(values) * bands
 
 
-def _enhance(image: Image.Image, factor: float, enhancer: type) -> Image.Image:
-    return enhancer(image).enhance(factor)
-
-
 def _sharpness(image: Image.Image, factor: float) -> Image.Image:
     # What ImageEnhance.Sharpness does, whose smoothing takes four times as long. The border stays,
     # and of thirteen no sum lies half-way, so that rounding leaves no doubt.
@@ -236,7 +234,7 @@ def _enhancement(magnitude: float, sign: int) -> float:
 
 
 def _enhancer(enhancer: type) -> Operation:
-    return Operation(functools.partial(_enhance, enhancer=enhancer), _enhancement, has_sign=True)
+    return Operation(functools.partial(enhance, enhancer=enhancer), _enhancement, has_sign=True)
 
 
 def _geometric(apply: Callable[..., Image.Image], largest: float, **fixed: int) -> Operation:

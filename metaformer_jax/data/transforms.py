@@ -62,21 +62,25 @@ def decode(data: bytes, *, channels: int, crop: Crop | None = None) -> Image.Ima
     return _cut_out(pixels, _box(pixels, crop))
 
 
-def in_channels(image: Image.Image, channels: int) -> Image.Image:
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether a pixel has one number of 16 bits."""
+    # Pillow brings the numbers of a PGM file to 16 bits.
+    return image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """The image in mode RGB (3 channels) or L (1), as Pillow converts it; of 16 bits the upper 8.
 
     Raises:
         BadImageError: its numbers have 32 bits.
     """
-    # Pillow brings the numbers of a PGM file to 16 bits.
-    has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-    if image.mode in ("I", "F") and not has_16_bits:
+    if has_16_bits(image):
+        # Pillow's own conversion cuts at 255, and leaves white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
         raise BadImageError(
             "32 bits per pixel, whose range the file does not tell. Save it with 8 bits"
         )
-    if has_16_bits:
-        # Pillow's own conversion cuts at 255, and leaves white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
 
 
@@ -120,7 +124,7 @@ def _decode_by_pillow(data: bytes, channels: int, crop: Crop | None) -> Image.Im
     try:
         opened = Image.open(io.BytesIO(data), formats=readable_formats())
         opened.load()
-        image = in_channels(opened, channels)
+        image = to_channels(opened, channels)
     except BadImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -250,10 +254,15 @@ def evaluation_transform(
         crop_fraction: part of the resized image's short side that the result takes, in (0, 1].
         interpolation: the filter.
     """
-    image = resize_short_side(image, math.floor(size / crop_fraction), interpolation)
+    image = resize_short_side(image, resized_side(size, crop_fraction), interpolation)
     # Halves go to the even number, as in the published pipeline.
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def resized_side(size: int, crop_fraction: float) -> int:
+    """The short side of which a crop of `size` pixels is this fraction, which is cut off."""
+    return math.floor(size / crop_fraction)
 
 
 def resize_short_side(
@@ -262,19 +271,25 @@ def resize_short_side(
     """Resizes to `size` pixels on the short side; on the long one fractions are cut off.
 
     Raises:
-        BadImageError: it is so narrow that the result would have more than 100 million pixels.
+        BadImageError: see `size_with_short_side`.
     """
-    short, long = sorted(image.size)
-    if short == size:
-        return image
-    longer = int(size * long / short)
+    new_size = size_with_short_side(*image.size, size)
+    return image if new_size == image.size else image.resize(new_size, interpolation)
+
+
+def size_with_short_side(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height of an image after `resize_short_side`.
+
+    Raises:
+        BadImageError: it would then have more than 100 million pixels.
+    """
+    longer = int(size * max(width, height) / min(width, height))
     if size * longer > _MAX_PIXELS:
         raise BadImageError(
-            f"{image.width}x{image.height} pixels, which are {size}x{longer} with a short side of "
-            f"{size}"
+            f"{width}x{height} pixels are too long and thin to resize to {size} on the short side. "
+            "Crop it"
         )
-    new_size = (size, longer) if image.width <= image.height else (longer, size)
-    return image.resize(new_size, interpolation)
+    return (size, longer) if width <= height else (longer, size)
 
 
 def color_jitter(
@@ -301,7 +316,7 @@ def color_jitter(
     ]
     changes = [
         functools.partial(
-            _enhance, enhancer=enhancer, factor=rng.uniform(max(0, 1 - width), 1 + width)
+            enhance, enhancer=enhancer, factor=rng.uniform(max(0, 1 - width), 1 + width)
         )
         for enhancer, width in enhancers
         if width > 0
@@ -321,5 +336,6 @@ def three_augment(image: Image.Image, *, rng: np.random.Generator) -> Image.Imag
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
 
 
-def _enhance(image: Image.Image, *, enhancer: Any, factor: float) -> Image.Image:
+def enhance(image: Image.Image, factor: float, *, enhancer: Any) -> Image.Image:
+    """The image after one of Pillow's enhancers, of which 1 changes nothing."""
     return enhancer(image).enhance(factor)

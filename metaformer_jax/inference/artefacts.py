@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metaformer_jax.inference.classifier import Classifier
+from metaformer_jax.messages import first_line
 from metaformer_jax.models import Attention, MetaFormer, Pooling, StarReLU
 from metaformer_jax.models.arguments import as_pair, is_floating
 from metaformer_jax.models.layers import Linear
@@ -21,7 +22,6 @@ from metaformer_jax.models.lowering.star_relu import squared_relu
 from metaformer_jax.models.mixers import DepthwiseConv
 from metaformer_jax.models.normalization import LayerNorm
 from metaformer_jax.weights.convert import check_has_values
-from metaformer_jax.weights.errors import first_line
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
@@ -105,7 +105,7 @@ def export_onnx(model: MetaFormer, *, image_size: int | tuple[int, int] | None =
     except Exception as error:
         raise ValueError(
             "`model` must be made of operations that jax2onnx can write, got "
-            f"{type(error).__name__}: {first_line(error).rstrip('.')}. Use others in mixers, norms "
+            f"{type(error).__name__}: {first_line(error)}. Use others in mixers, norms "
             "and head of your own, or export_stablehlo, which takes any model."
         ) from error
     return exported.SerializeToString()

@@ -115,6 +115,9 @@ def load_classifier(
             head.
         FileNotFoundError: nothing is at the path.
         weights.DownloadError: the published weights could not be fetched.
+        OSError: the cache of published weights cannot be written to.
+        ImportError: PyTorch is not installed, which `.pth` files take: also the published ones of
+            RandFormer and IdentityFormer.
     """
     if name is not None:
         name = model_info(name).name

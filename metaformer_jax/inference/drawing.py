@@ -18,6 +18,7 @@ from metaformer_jax import explain
 from metaformer_jax.figures import save_png
 from metaformer_jax.inference.batches import Classified
 from metaformer_jax.inference.classifier import Classifier
+from metaformer_jax.messages import cut
 from metaformer_jax.models import compiler_options
 from metaformer_jax.models.class_names import shortened
 
@@ -132,8 +133,4 @@ def title_of(path: str, name: str, probability: float) -> str:
     """The file, and the class's name, of ImageNet's names the first, with its probability."""
     # A name need not be text.
     file = os.fsencode(pathlib.PurePath(path).name).decode("utf-8", "replace")
-    return f"{_cut(file)}\n{_cut(shortened(name))} {probability:.1%}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _NAME_LENGTH else text[: _NAME_LENGTH - 1] + "…"
+    return f"{cut(file, _NAME_LENGTH)}\n{cut(shortened(name), _NAME_LENGTH)} {probability:.1%}"

@@ -12,12 +12,11 @@ from PIL import Image
 
 from metaformer_jax.data.augment import EvalTransform
 from metaformer_jax.data.folder import readable_extensions
-from metaformer_jax.data.transforms import BadImageError, in_channels
+from metaformer_jax.data.transforms import BadImageError, has_16_bits, to_channels
+from metaformer_jax.messages import first_line
 from metaformer_jax.paths import local_path
-from metaformer_jax.weights.errors import first_line
 
-# What a decoded or resized picture may have, so that no file takes more than about half a
-# gigabyte: Pillow's own limit.
+# What a picture may have, so that no file takes more than about half a gigabyte: Pillow's limit.
 MAX_PIXELS = 2 * 89_478_485
 _EXIF_ORIENTATION = 0x0112
 # What makes a picture of each orientation upright; 1 is upright.
@@ -34,8 +33,10 @@ _TURNS = {
 _PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 
-def find_images(patterns: Iterable[str]) -> tuple[list[pathlib.Path], list[str]]:
+def find_images(patterns: str | Iterable[str]) -> tuple[list[pathlib.Path], list[str]]:
     """The files that are meant, each once, in order; and a line for each pattern that finds none.
+
+    A single pattern may be given by itself.
 
     A file is taken whatever its name; of a folder every file whose extension Pillow reads, with
     those of the folders in it, linked ones too, sorted by path, hidden ones left out. `*`, `?`,
@@ -43,7 +44,7 @@ def find_images(patterns: Iterable[str]) -> tuple[list[pathlib.Path], list[str]]
     """
     found: dict[pathlib.Path, None] = {}
     problems = []
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         path = local_path(pattern)
         if os.path.lexists(path):
             matches = [path]
@@ -107,19 +108,19 @@ def read_image(
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        notes, orientation = _examine(file, transform.image_size)
+        notes, orientation = _examine(file, transform)
         file.seek(0)
         data = file.read()
     opened = Image.open(io.BytesIO(data))
     turn = _TURNS.get(orientation)
     if turn is not None and not upright:
         notes.append("as in evaluation, its EXIF orientation is not applied; --upright applies it")
-    if opened.mode.startswith("I;16"):
+    if has_16_bits(opened):
         notes.append("16 bits per pixel, of which the upper 8 are taken")
     if turn is None or not upright:
         return transform(data), notes
     try:
-        image = in_channels(opened.transpose(turn), transform.channels)
+        image = to_channels(opened.transpose(turn), transform.channels)
     except BadImageError:
         raise
     # Each format's reader fails in its own way.
@@ -143,14 +144,14 @@ def why_unreadable(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         most = f"{MAX_PIXELS / 1e6:.0f} million pixels"
         return f"more than {most}, the most that are decoded. Make it smaller"
-    return first_line(error).rstrip(".")
+    return first_line(error)
 
 
-def _examine(file: io.BufferedReader, image_size: int) -> tuple[list[str], int]:
+def _examine(file: io.BufferedReader, transform: EvalTransform) -> tuple[list[str], int]:
     """What the header tells, before anything is decoded; and the orientation, 1 if not told."""
     try:
         image = Image.open(file)
-        _check_size(*image.size, image_size)
+        transform.check_size(*image.size)
         frames = _count_frames(image)
         is_transparent = image.has_transparency_data
     except BadImageError:
@@ -178,11 +179,3 @@ def _orientation(image: Image.Image) -> int:
     # The pixels of a picture with damaged EXIF are as good as any.
     except Exception:
         return 1
-
-
-def _check_size(width: int, height: int, image_size: int) -> None:
-    if max(width, height) / min(width, height) * image_size**2 > MAX_PIXELS:
-        raise BadImageError(
-            f"{width}x{height} pixels are too long and thin to resize to {image_size} on the short "
-            "side. Crop it"
-        )

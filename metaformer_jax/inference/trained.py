@@ -1,13 +1,11 @@
 """What lies beside weights: a run's config, a conversion's record, a publication's figures."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 from metaformer_jax.data.sources import open_source
 from metaformer_jax.models import (
-    FAMILIES,
     MetaFormerSpec,
     imagenet_class_names,
     imagenet_synsets,
@@ -69,7 +67,7 @@ def read_settings(path: pathlib.Path) -> Told:
             or the run's family is not in `FAMILIES`.
     """
     if workdir.is_workdir(path):
-        return _read_config(path / "config.json")
+        return _read_run(path)
     if path.is_dir():
         record = read_record(path)
     elif path.is_file() and suffix_of(path) == SAFETENSORS:
@@ -100,22 +98,22 @@ def published_settings(name: str, channels: int) -> dict[str, Any]:
     }
 
 
-def _read_config(path: pathlib.Path) -> Told:
+def _read_run(folder: pathlib.Path) -> Told:
+    path = folder / workdir.CONFIG
+    config = workdir.read_config(folder)
     try:
-        config = json.loads(path.read_text())
         for field, types in _SETTINGS.values():
             if not isinstance(config[field], types):
                 raise TypeError(f"{config[field]!r} as {field}")
         settings = {name: config[field] for name, (field, _) in _SETTINGS.items()}
-        name, spec, title = config["model.name"] or None, None, ""
-        if name is None:
-            title = config["model.family"]
-            spec = workdir.family_spec(config) if title in FAMILIES else None
-        data = config["data.name"], config["data.root"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        title, data = config["model.family"], (config["data.name"], config["data.root"])
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} must be the config that the run wrote, got {type(error).__name__}: {error}."
+            f"{path} must be the config that the run wrote, got {type(error).__name__}: {error}. "
+            "Write it anew by training on with --accept_config_changes."
         ) from error
+    name = workdir.read_model_name(folder)
+    spec = None if name else workdir.read_spec(folder)
     if name is None and spec is None:
         raise CheckpointError(
             f"The family that {path} names must be known here, got {title!r}. Add it to "
@@ -124,8 +122,8 @@ def _read_config(path: pathlib.Path) -> Told:
     return Told(
         name=name,
         spec=spec,
-        title=title,
+        title="" if name else title,
         settings=settings,
         data=data,
-        kept_names=workdir.read_class_names(path.parent),
+        kept_names=workdir.read_class_names(folder),
     )

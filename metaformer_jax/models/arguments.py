@@ -40,8 +40,12 @@ def check_rate(name: str, rate: float) -> float:
     return float(rate)
 
 
-def check_rngs(rngs: nnx.Rngs) -> None:
-    """Checks that these are `nnx.Rngs`, and not a seed or a key.
+def check_rngs(rngs: nnx.Rngs, *, has_dropout: bool = False) -> None:
+    """Checks that these are `nnx.Rngs`, and not a seed or a key, with the streams that are drawn.
+
+    Args:
+        rngs: with a stream `params`, and `dropout` if there is dropout; or a default for both.
+        has_dropout: whether a rate of dropout or stochastic depth is positive.
 
     Raises:
         ValueError: they are not.
@@ -49,6 +53,12 @@ def check_rngs(rngs: nnx.Rngs) -> None:
     if not isinstance(rngs, nnx.Rngs):
         raise ValueError(
             f"`rngs` must be nnx.Rngs, got {type(rngs).__name__}. Give nnx.Rngs(seed)."
+        )
+    needed = ("params", "dropout") if has_dropout else ("params",)
+    if "default" not in rngs and (missing := [name for name in needed if name not in rngs]):
+        raise ValueError(
+            f"`rngs` must have the streams {' and '.join(needed)}, got none called "
+            f"{' or '.join(missing)}. Give nnx.Rngs(seed), which has all, or name them."
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
@@ -136,6 +137,10 @@ class ResScale(nnx.Module):
         return (wide * scale).astype(x.dtype)
 
 
+_KEYS = "random keys, one for each image"
+_GIVE_KEYS = "Give jax.random.split(jax.random.key(seed), num_images)."
+
+
 class ImageKeys:
     """Random keys for dropout, one per image of a batch; pass it to a model instead of `nnx.Rngs`.
 
@@ -151,14 +156,16 @@ class ImageKeys:
     """
 
     def __init__(self, keys: Key[Array, " b"], *, num_draws: int | Int[Array, ""] = 0):
-        if keys.dtype == jnp.uint32:
+        if not isinstance(keys, jax.Array | np.ndarray):
+            raise ValueError(f"`keys` must be {_KEYS}, got {type(keys).__name__}. {_GIVE_KEYS}")
+        if (
+            keys.dtype == jnp.uint32
+            and keys.shape[1:] == jax.random.key_data(jax.random.key(0)).shape
+        ):
             keys = jax.random.wrap_key_data(keys)
         if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
-            raise ValueError(
-                "`keys` must be random keys, one for each image, got "
-                f"{keys.dtype}{list(keys.shape)}. Give jax.random.split(jax.random.key(seed), "
-                "num_images)."
-            )
+            got = f"{keys.dtype}{list(keys.shape)}"
+            raise ValueError(f"`keys` must be {_KEYS}, got {got}. {_GIVE_KEYS}")
         # RBG's keys, of which TPUs draw faster, all draw as the first one does under `jax.vmap`.
         if "rbg" in str(jax.random.key_impl(keys)):
             data = jax.random.key_data(keys)[:, :2]

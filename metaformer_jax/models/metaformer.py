@@ -232,6 +232,7 @@ class MetaFormer(nnx.Module):
                 "jnp.bfloat16."
             )
         resolutions = spec.stage_resolutions(image_size)
+        check_rngs(rngs, has_dropout=drop_path_rate > 0 or head_dropout > 0)
         rngs = _with_fast_param_keys(rngs)
 
         self.spec = spec
@@ -384,7 +385,6 @@ class _ParamKeys(nnx.RngStream):
 
 
 def _with_fast_param_keys(rngs: nnx.Rngs) -> nnx.Rngs:
-    check_rngs(rngs)
     fast = nnx.Rngs()
     for name, stream in (*rngs.items(), ("params", _ParamKeys(rngs.params()))):
         setattr(fast, name, stream)

@@ -87,7 +87,7 @@ class RandomMixing(nnx.Module):
                 f"`x` must have the {self.resolution[0]}x{self.resolution[1]} tokens that this "
                 f"RandomMixing was built for, got {h}x{w}. Build it with resolution=({h}, {w})."
             )
-        matrix = jnp.asarray(self.random_matrix[...], self.dtype)
+        x, matrix = (jnp.asarray(a, self.dtype) for a in (x, self.random_matrix[...]))
         return jnp.einsum("mn,bnc->bmc", matrix, x.reshape(b, h * w, c)).reshape(b, h, w, c)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metaformer_jax.models import mlp_kernels
-from metaformer_jax.models.layers import Dropout, ImageKeys
+from metaformer_jax.models.layers import Dropout, Frozen, ImageKeys
 from metaformer_jax.models.lowering.platform import is_for
 from metaformer_jax.models.lowering.recomputation import PRODUCT, STATISTICS
 
@@ -28,8 +28,7 @@ REMAT = (
     # The whole block.
     "block",
 )
-# Chooses among them: the fastest on the platform, for each stage, by the estimate of the compiler
-# for TPUs.
+# On TPUs chooses for each stage the fastest of them, by the compiler's estimate; nothing elsewhere.
 AUTO = "auto"
 
 
@@ -81,7 +80,8 @@ def run_blocks(
         remat: one of `REMAT`, or `AUTO` on TPUs.
         scan: blocks in each iteration of a loop; 0 for no loop. The parameters of the blocks are
             stacked when the loop starts; outside the loop they keep their form. Blocks that draw
-            masks from their own streams, and neighbours that are not built alike, are not looped.
+            masks from their own streams or may change other variables of their own, and
+            neighbours that are not built alike, are not looped.
     """
     for _, group in itertools.groupby(blocks, key=_description):
         alike = list(group)
@@ -154,7 +154,15 @@ def drops(module: nnx.Module) -> bool:
     )
 
 
+def other_variables(module: nnx.Module) -> list[str]:
+    """The paths of variables that are neither parameters nor frozen, as running means are."""
+    others = nnx.Not(nnx.Any(nnx.Param, Frozen, nnx.RngState))
+    return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module, others))]
+
+
 def _may_loop(blocks: Sequence[Any], rngs: nnx.Rngs | ImageKeys | None) -> bool:
+    if other_variables(blocks[0]):
+        return False
     return isinstance(rngs, ImageKeys) or not drops(blocks[0])
 
 

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
+from metaformer_jax.messages import first_few
 from metaformer_jax.training import settings
 from metaformer_jax.training.distributed import is_first_process
 from metaformer_jax.weights.convert import Variables
@@ -72,12 +73,12 @@ def check_same(
         tensors = {".".join(map(str, path)): np.asarray(variables[path]) for path in variables}
         mine["CRC-32C of config.model.pretrained"] = crc32c_of_tensors(tensors, {})
     lines = settings.differences(json.loads(_of_first(json.dumps(mine).encode())), mine)
-    told = _told_by_all("\n".join(settings.first_few(lines)))
+    told = _told_by_all("\n".join(first_few(lines)))
     if others := [f"{process}:\n{text}" for process, text in told if text]:
         raise DisagreementError(
             "All processes must have the same config and data, but some have others than "
             f"{told[0][0]}:\n"
-            + "\n".join(settings.first_few(others))
+            + "\n".join(first_few(others))
             + "\nStart all of them by the same command, with the same files on each host."
         )
 
@@ -112,7 +113,7 @@ def agreed_newest_step(workdir: pathlib.Path) -> int:
         raise DisagreementError(
             f"`workdir` must show the same checkpoints to all processes, got step {step:,} as the "
             f"newest in {checkpoints_folder(workdir)} for {told[0][0]}, but "
-            f"{', '.join(settings.first_few(others))}, even after "
+            f"{', '.join(first_few(others))}, even after "
             f"{_LISTED_FOR_SECONDS} s. Start again when all hosts see the same files there."
         )
     return step
@@ -141,7 +142,7 @@ def check_shared(workdir: pathlib.Path) -> None:
             f"`workdir` must be one folder for all processes, got {str(workdir)!r} for process "
             f"{jax.process_index()} on {socket.gethostname()}; what the first process writes in "
             "its own does not show for "
-            f"{', '.join(settings.first_few(blind))}. Use a folder that all hosts "
+            f"{', '.join(first_few(blind))}. Use a folder that all hosts "
             "share: NFS or Filestore, for example."
         )
 

@@ -12,10 +12,10 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from metaformer_jax.messages import first_few, first_line
 from metaformer_jax.training import settings
 from metaformer_jax.training.step import TrainState
 from metaformer_jax.weights.converted import flat_tensors, orbax_handler
-from metaformer_jax.weights.errors import first_line
 from metaformer_jax.weights.integrity import write_checksums
 from metaformer_jax.weights.workdir import ORBAX_STEP_FILES, checkpoints_folder, newest_whole
 
@@ -84,7 +84,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, *, keep: int):
         if keep < 1:
-            raise ValueError(f"`checkpoint.keep` must be at least 1, got {keep}.")
+            raise ValueError(f"`config.checkpoint.keep` must be at least 1, got {keep}.")
         self._best = _Best()
         policy = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.LatestN(keep), self._best]
@@ -205,7 +205,7 @@ class Checkpoints:
         )
         absent = dict.fromkeys([*theirs, *mine], "absent")
         lines = settings.differences(absent | theirs, absent | mine)
-        return settings.first_few(lines, indent="  ")
+        return first_few(lines, indent="  ")
 
     def _why_not(
         self, step: int | None, config: ml_collections.ConfigDict, error: Exception

@@ -39,7 +39,8 @@ class Estimate:
         num_devices: of the mesh.
         mesh: number of devices along each axis.
         batch_size: images of a step, over all devices.
-        remat: which part of each block the compiled backward pass recomputes.
+        remat: which part of each block the compiled backward pass recomputes; "auto" where each
+            stage has its own.
         trace_seconds: time from Python to the compiler's input.
         compile_seconds: time of the compiler.
         compile_cpu_seconds: processor time of all its threads, which does not depend on other work

@@ -1,6 +1,7 @@
 """Loss and accuracy over all evaluation examples, and pictures of the misclassified ones."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from metaformer_jax.data.loader import check_few_bad
+from metaformer_jax.data.loader import check_few_bad, why_bad
 from metaformer_jax.training import agreement
 from metaformer_jax.training.compilation_cache import share_compiled_programs
 from metaformer_jax.training.distributed import is_first_process
@@ -107,7 +108,12 @@ def evaluate_state(
     present = {key: column[columns["mask"]] for key, column in columns.items()}
     # Each process counts only the bad images of its own share.
     missing = np.setdiff1d(np.arange(len(run.eval_source)), present["index"]).tolist()
-    check_few_bad(run.eval_source, missing, run.config.data.max_bad_fraction)
+    check_few_bad(
+        run.eval_source,
+        missing,
+        run.config.data.max_bad_fraction,
+        why_bad=functools.partial(why_bad, run.eval_source, run.eval_transform),
+    )
     return Evaluation(
         accuracy=float(np.mean(present["rank"] == 0)),
         top5_accuracy=float(np.mean(present["rank"] < _TOP)),
@@ -135,6 +141,9 @@ def evaluate(
         ValueError: the config is wrong, the workdir holds no checkpoint, the weights do not fit, or
             processes have other configs, data or weights than each other.
         FileNotFoundError: there are no pretrained weights at the path.
+        DataError: too many images cannot be read.
+        DownloadError: the published weights could not be fetched.
+        ImportError: the weights are a `.pth` file, and PyTorch is not installed.
     """
     console = console or Console()
     console.quiet = console.quiet or not is_first_process()

@@ -16,7 +16,7 @@ class Invariant:
     """A condition on a value.
 
     Attributes:
-        text: what an error message says after "must".
+        text: what an error message says after "must be".
         holds: whether a value meets it, given that it meets the invariants before it.
     """
 
@@ -58,12 +58,12 @@ WHOLE = Invariant("a whole number of at most 64 bits", _is_whole)
 NUMBER = Invariant(f"a number, 0 or of a size from {_LEAST:g} to {_GREATEST:g}", _is_number)
 TEXT = Invariant("text, of characters that a path can have", _is_text)
 FLAG = Invariant("True or False", lambda value: isinstance(value, bool))
-NUMBERS = Invariant("numbers", _all_are(_is_number))
-WHOLES = Invariant("whole numbers of at most 64 bits", _all_are(_is_whole))
+NUMBERS = Invariant("a tuple of numbers", _all_are(_is_number))
+WHOLES = Invariant("a tuple of whole numbers of at most 64 bits", _all_are(_is_whole))
 TEXTS = Invariant("a tuple of texts", _all_are(_is_text))
 PAIR = Invariant("two numbers, the least and the greatest", lambda values: len(values) == 2)
 POSITIVE = Invariant("positive", lambda value: value > 0)
-NOT_NEGATIVE = Invariant("not be negative", lambda value: value >= 0)
+NOT_NEGATIVE = Invariant("at least 0", lambda value: value >= 0)
 FRACTION = Invariant("in [0, 1]", lambda value: 0 <= value <= 1)
 BELOW_ONE = Invariant("in [0, 1)", lambda value: 0 <= value < 1)
 # For rates whose complement to 1 is a divisor.
@@ -71,7 +71,8 @@ ROUNDS_BELOW_ONE = Invariant("below 1 in float32 too", lambda value: bool(np.flo
 # Counts of steps, examples or pixels become an int32 somewhere.
 COUNT = (WHOLE, POSITIVE, _at_most(2**31 - 1))
 PROCESSES = Invariant(
-    "a number of processes, or -1 for one on each core", lambda value: -1 <= value <= 4096
+    "a number of processes up to 4,096, or -1 for one on each core",
+    lambda value: -1 <= value <= 4096,
 )
 STEPS = Invariant(
     "the first and the last step of a trace, or ()",
@@ -104,8 +105,8 @@ FIELDS: Mapping[str, tuple[Invariant, ...]] = {
         WHOLES,
         Invariant("at most 16,384 channels", lambda dims: max((0, *dims)) <= 2**14),
     ),
-    "model.drop_path_rate": (NUMBER, ROUNDS_BELOW_ONE),
-    "model.head_dropout": (NUMBER, ROUNDS_BELOW_ONE),
+    "model.drop_path_rate": (NUMBER, BELOW_ONE, ROUNDS_BELOW_ONE),
+    "model.head_dropout": (NUMBER, BELOW_ONE, ROUNDS_BELOW_ONE),
     "model.dtype": (TEXT, _one_of("float32", "bfloat16")),
     "model.remat": (TEXT, _one_of(AUTO, *REMAT)),
     "model.scan": (WHOLE, NOT_NEGATIVE, _at_most(256)),
@@ -169,8 +170,7 @@ def check(field: str, value: Any) -> None:
     """
     for invariant in FIELDS[field]:
         if not invariant.holds(value):
-            must = invariant.text if invariant is NOT_NEGATIVE else f"be {invariant.text}"
-            raise ValueError(f"`config.{field}` must {must}, got {_shown(value)}.")
+            raise ValueError(f"`config.{field}` must be {invariant.text}, got {_shown(value)}.")
 
 
 def _shown(value: Any) -> str:

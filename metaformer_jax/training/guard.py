@@ -60,13 +60,14 @@ class Guard:
             # What it says matters more than that it is written.
             with contextlib.suppress(OSError):
                 self._path.write_text(json.dumps(report, indent=2) + "\n")
-            lost = (
-                f", the {report['updates_lost_in_a_row']}th in a row" if self._max_skipped else ""
-            )
+            lost, go_on = "", "or go on without such updates by on_nonfinite='skip'"
+            if self._max_skipped:
+                lost = f": {report['updates_lost_in_a_row']} such updates in a row"
+                go_on = f"or allow more in a row by max_skipped_updates (now {self._max_skipped})"
             raise NonFiniteError(
                 f"The loss of step {step} is {loss} and its gradient norm {grad_norm}{lost}. Its "
                 f"examples are named in {self._path}. The update was not made and the last "
                 "checkpoint is good: lower optimizer.learning_rate, set optimizer.max_grad_norm, "
-                "or go on without such updates by on_nonfinite='skip'."
+                f"{go_on}."
             )
         return False

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from metaformer_jax.messages import first_line
 from metaformer_jax.training.guard import Guard
-from metaformer_jax.weights.errors import first_line
 from metaformer_jax.weights.workdir import CONFIG
 
 # Steps that may wait for the devices. Each holds its batch in their memory, and all of them are
@@ -87,6 +87,7 @@ class MetricWriter:
 
     Raises:
         ImportError: W&B is requested but not installed.
+        ValueError: W&B does not take the run, or a line of the file is damaged.
     """
 
     def __init__(
@@ -253,7 +254,7 @@ def _start_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any]) ->
     except Exception as error:
         raise ValueError(
             f"`config.wandb.project` must be one that this machine can write to, got {project!r}: "
-            f"{first_line(error).rstrip('.')}. Log in by `wandb login`, or leave it empty."
+            f"{first_line(error)}. Log in by `wandb login`, or leave it empty."
         ) from error
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from metaformer_jax.figures import save_png
+from metaformer_jax.messages import cut
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +60,7 @@ def draw_misclassified(
     figure = _image_grid(
         [image for image, *_ in examples],
         [
-            f"{_shortened(label, 24)}\nnot {_shortened(prediction, 20)}\n({probability:.0%} sure)"
+            f"{cut(label, 24)}\nnot {cut(prediction, 20)}\n({probability:.0%} sure)"
             for _, label, prediction, probability in examples
         ],
         title=title,
@@ -89,13 +90,9 @@ def batch_figure(
         first, *others = np.argsort(-target)[:2]
         main = [first, *(index for index in others if target[index] > smallest + 1e-4)]
         captions.append(
-            "\n".join(f"{_shortened(class_names[index], 19)} {target[index]:.0%}" for index in main)
+            "\n".join(f"{cut(class_names[index], 19)} {target[index]:.0%}" for index in main)
         )
     return _image_grid(np.clip(images, 0, 1), captions, title=title)
-
-
-def _shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else name[: length - 3].rstrip() + "..."
 
 
 def _image_grid(

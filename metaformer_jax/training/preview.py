@@ -33,6 +33,8 @@ def preview(
     Raises:
         ValueError: the config is wrong, or the output cannot be written.
     """
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"`--output` must end in .png, got {output}.")
     check_can_be_written(output)
     console = console or Console()
     console.quiet = console.quiet or not is_first_process()

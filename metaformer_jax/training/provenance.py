@@ -6,6 +6,7 @@ import pathlib
 
 import ml_collections
 
+from metaformer_jax.messages import first_few
 from metaformer_jax.models import MetaFormerSpec
 from metaformer_jax.training import settings
 from metaformer_jax.training.distributed import is_first_process
@@ -139,7 +140,7 @@ def _class_changes(workdir: pathlib.Path, class_names: tuple[str, ...]) -> list[
         return []
     pairs = itertools.zip_longest(theirs, class_names, fillvalue="(absent)")
     changes = [f"  {label}: {old} -> {new}" for label, (old, new) in enumerate(pairs) if old != new]
-    return settings.first_few(changes, indent="  ")
+    return first_few(changes, indent="  ")
 
 
 def _config_changes(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:

@@ -243,8 +243,9 @@ def published(architecture: str, stage: str = "") -> ml_collections.ConfigDict:
         )
     stages = STAGES if architecture in _FINE_TUNED else STAGES[:1]
     if stage not in stages:
-        there_are = ", ".join(repr(stage) for stage in stages)
-        raise ValueError(f"The stage of {architecture} must be one of {there_are}, got {stage!r}.")
+        there_are = ", ".join(map(repr, stages))
+        must = f"be one of {there_are}" if stages[1:] else "be left out"
+        raise ValueError(f"The stage of {architecture} must {must}, got {stage!r}.")
     optimizer, warmup_epochs = _FAMILIES[architecture.split("_")[0]]
     config = base_config()
     config.model.name = f"{architecture}_{stage}" if stage else architecture

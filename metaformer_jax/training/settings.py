@@ -13,9 +13,18 @@ from metaformer_jax.training import fields, recipes
 
 # The largest side, in pixels, of a resized image from which an evaluation takes its centre crop.
 _MAX_RESIZED = 2**15
-
-# Lines of a message that are shown.
-_MAX_NAMED = 5
+# What users of other programs call these fields.
+_ABBREVIATED = {
+    "lr": "optimizer.learning_rate",
+    "min_lr": "optimizer.min_learning_rate",
+    "warmup_lr": "optimizer.warmup_learning_rate",
+    "wd": "optimizer.weight_decay",
+    "opt": "optimizer.name",
+    "clip_grad": "optimizer.max_grad_norm",
+    "smoothing": "label_smoothing",
+    "drop_path": "model.drop_path_rate",
+    "workers": "data.num_workers",
+}
 
 
 def check_fields(config: ml_collections.ConfigDict) -> None:
@@ -65,7 +74,7 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
 
 @contextlib.contextmanager
 def naming(default: str | None = None, **fields_of: str) -> Iterator[None]:
-    """A context in which an error about an argument is prefixed with the config's field.
+    """A context in which an error about an argument names the config's field instead.
 
     Args:
         default: the field for errors that do not begin with one of the arguments named here.
@@ -75,10 +84,14 @@ def naming(default: str | None = None, **fields_of: str) -> Iterator[None]:
         yield
     except ValueError as error:
         argument = re.match(r"`(\w+)`", str(error))
-        field = fields_of.get(argument[1], default) if argument else default
-        if field is None or "`config." in str(error):
+        if "`config." in str(error):
             raise
-        raise ValueError(f"config.{field}: {error}") from error
+        if argument and argument[1] in fields_of:
+            rest = str(error)[argument.end() :]
+            raise ValueError(f"`config.{fields_of[argument[1]]}`{rest}") from error
+        if default is None:
+            raise
+        raise ValueError(f"config.{default}: {error}") from error
 
 
 def check_known(field: str) -> None:
@@ -91,9 +104,13 @@ def check_known(field: str) -> None:
     # "model" is not a value, but a part of the tree.
     if field not in known and not any(name.startswith(f"{field}.") for name in known):
         by_last_part = {name.rpartition(".")[2]: name for name in known}
-        close = difflib.get_close_matches(field, known, n=3) or [
-            by_last_part[part] for part in difflib.get_close_matches(field, by_last_part, n=3)
-        ]
+        last_part = field.rpartition(".")[2]
+        close = (
+            [_ABBREVIATED[last_part]]
+            if last_part in _ABBREVIATED
+            else difflib.get_close_matches(field, known, n=3)
+            or [by_last_part[part] for part in difflib.get_close_matches(field, by_last_part, n=3)]
+        )
         hint = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(known)}."
         raise ValueError(
             f"`config.{repr(field)[1:-1]}` is not a field of a training config. {hint}"
@@ -119,12 +136,6 @@ def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
         for field in sorted({*theirs, *mine})
         if theirs.get(field, absent) != mine.get(field, absent)
     ]
-
-
-def first_few(lines: list[str], *, indent: str = "") -> list[str]:
-    """The first lines of a message, and how many more there are."""
-    more = len(lines) - _MAX_NAMED
-    return [*lines[:_MAX_NAMED], *([f"{indent}and {more:,} more"] if more > 0 else [])]
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def create_mesh(
     shape = (len(devices) // fsdp if data == -1 and fsdp > 0 else data, fsdp)
     if min(shape) < 1 or shape[0] * shape[1] != len(devices):
         raise ValueError(
-            f"`mesh.data` x `mesh.fsdp` must be the {len(devices)} devices present, got "
-            f"{data} x {fsdp}. Set mesh.data=-1 to use all that mesh.fsdp leaves."
+            f"`config.mesh.data` x `config.mesh.fsdp` must be the {len(devices)} devices present, "
+            f"got {data} x {fsdp}. Set config.mesh.data=-1 to use all that config.mesh.fsdp leaves."
         )
     return Mesh(np.array(devices).reshape(shape), AXES)
 

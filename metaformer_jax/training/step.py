@@ -16,6 +16,7 @@ from metaformer_jax.data.device import DeviceTransform, check_groups
 from metaformer_jax.data.mixing import Mixed
 from metaformer_jax.models import Frozen, ImageKeys, MetaFormer, compiler_options
 from metaformer_jax.models.lowering.platform import compiled_for
+from metaformer_jax.models.stages import other_variables
 from metaformer_jax.training import sharding
 
 Tree = dict[str, Any]
@@ -83,6 +84,9 @@ class Engine:
         num_micro_batches: in which each device processes its share of a batch.
         average: the moving average of the parameters; None for none.
         head_only: whether only the head is trained.
+
+    Raises:
+        ValueError: the model has variables that are neither `nnx.Param` nor `Frozen`.
     """
 
     def __init__(
@@ -101,6 +105,12 @@ class Engine:
         self.model = nnx.eval_shape(lambda: build(nnx.Rngs(seed)))
         self._graphdef = nnx.graphdef(self.model)
         self._rest = nnx.state(self.model, nnx.Not(nnx.Any(nnx.Param, Frozen)))
+        if others := other_variables(self.model):
+            raise ValueError(
+                "Variables of a model that is trained must be nnx.Param or Frozen, got others at "
+                f"{', '.join(others[:3])}{', ...' if others[3:] else ''}. A step would lose what "
+                "becomes of them: take layers without, such as norms without running means."
+            )
         self._build = build
         self._optimizer = optimizer
         self._transform = transform

@@ -48,7 +48,8 @@ def train(
         SaveError: a checkpoint could not be written, or the workdir was moved or removed.
         TrainingError: after the first step something raised a ValueError, FileNotFoundError or
             ImportError, which is its cause.
-        ImportError: Weights & Biases is requested but not installed.
+        ImportError: Weights & Biases is requested but not installed, or PyTorch for a `.pth` file.
+        DownloadError: the published weights could not be fetched.
     """
     console = console or Console()
     # Only the first process prints.

@@ -1,4 +1,6 @@
-"""Weights: reading, converting and writing checkpoints. Depends on the models only."""
+"""Weights: reading, converting and writing checkpoints. Of the other folders it needs the models
+alone.
+"""
 
 from metaformer_jax.weights.converted import Record, read_record
 from metaformer_jax.weights.errors import CheckpointError, DownloadError

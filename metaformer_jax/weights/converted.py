@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from metaformer_jax.messages import first_line
 from metaformer_jax.models import Frozen, MetaFormer
 from metaformer_jax.paths import local_path
 from metaformer_jax.weights.convert import Variables, variables_of
-from metaformer_jax.weights.errors import CheckpointError, first_line
+from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.files import (
     OWN_KEY,
     SAFETENSORS,
@@ -208,7 +209,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Re
     except Exception as error:
         reason = first_line(error)
         raise CheckpointError(
-            f"{folder} must be a whole Orbax checkpoint, got: {reason} Convert the weights again."
+            f"{folder} must be a whole Orbax checkpoint, got: {reason}. Convert the weights again."
         ) from error
     return dict(flat_tensors(nested)), record
 

@@ -7,8 +7,3 @@ class CheckpointError(ValueError):
 
 class DownloadError(RuntimeError):
     """Published weights could not be fetched, or arrived damaged."""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of another library's error message, or the name of the error."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

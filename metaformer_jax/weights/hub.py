@@ -75,7 +75,7 @@ def converted_file(name: str) -> pathlib.Path:
     cached = cache_folder() / f"{name}.safetensors"
     if cached.is_file():
         return cached
-    check_has_place(cached.absolute())
+    check_has_place(cached.absolute(), what="The cache of weights ($METAFORMER_JAX_CACHE)")
     source = timm_source(name)
     if source is None:
         import_torch()

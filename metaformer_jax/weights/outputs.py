@@ -83,11 +83,12 @@ def check_name_for_orbax(path: pathlib.Path, *, what: str) -> None:
         )
 
 
-def check_has_place(path: pathlib.Path) -> None:
+def check_has_place(path: pathlib.Path, *, what: str = "`output`") -> None:
     """Refuses an output whose folder could not be made or written to after all the work for it.
 
     Args:
         path: absolute; the folders above it need not be there yet.
+        what: it is, for the message.
 
     Raises:
         OSError: it could not.
@@ -98,13 +99,17 @@ def check_has_place(path: pathlib.Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(
-            f"`output` must be in a folder that can be written to, got {path}, and of {folder}: "
+            f"{what} must be in a folder that can be written to, got {path}, and of {folder}: "
             f"{error.strerror}. Choose another place."
         ) from error
 
 
-def check_can_be_written(path: pathlib.Path) -> None:
+def check_can_be_written(path: pathlib.Path, *, what: str = "`--output`") -> None:
     """Refuses a file that could not be written after all the work for it; what is there stays.
+
+    Args:
+        path: of the file.
+        what: it is, for the message.
 
     Raises:
         ValueError: it could not.
@@ -117,7 +122,7 @@ def check_can_be_written(path: pathlib.Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ValueError(
-            f"`output` must be a file that can be written, got {str(path)!r}: {error.strerror}."
+            f"{what} must be a file that can be written, got {str(path)!r}: {error.strerror}."
         ) from error
 
 

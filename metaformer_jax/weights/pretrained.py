@@ -10,7 +10,7 @@ from flax import nnx
 
 from metaformer_jax import models
 from metaformer_jax.models import MetaFormer
-from metaformer_jax.models.arguments import check_rngs
+from metaformer_jax.models.arguments import at_least, check_rngs
 from metaformer_jax.weights.convert import (
     Variables,
     check_has_values,
@@ -38,7 +38,7 @@ def create_model(
     *,
     pretrained: bool | PathLike = False,
     num_classes: int | None = None,
-    in_channels: int = 3,
+    in_channels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     drop_path_rate: float = 0.0,
     head_dropout: float = 0.0,
@@ -57,8 +57,8 @@ def create_model(
         num_classes: classes of the head, by default as published; 0 for no head. With weights, a
             number other than the checkpoint's requests a fresh head: all but the head is loaded,
             and the head is random.
-        in_channels: channels of the images. With weights, a number other than the checkpoint's
-            and other than 3 changes the stem as `weights.change_in_channels` does.
+        in_channels: channels of the images, by default as published, 3. With weights, a number
+            other than the checkpoint's changes the stem as `weights.change_in_channels` does.
         image_size: pixels per side, or (height, width), by default as published. Only RandFormer
             depends on it, and its weights load at their own size only: see
             `weights.set_image_size`.
@@ -74,15 +74,20 @@ def create_model(
             (`weights.CheckpointError`).
         FileNotFoundError: nothing is at the path.
         weights.DownloadError: the published weights could not be fetched.
+        OSError: the cache of published weights cannot be written to.
+        ImportError: PyTorch is not installed, which `.pth` files take: also the published ones of
+            RandFormer and IdentityFormer.
     """
     if not isinstance(pretrained, bool | str | os.PathLike):
         raise ValueError(f"`pretrained` must be True, False or a path, got {pretrained!r}.")
     check_rngs(rngs)
+    if in_channels is not None:
+        in_channels = at_least(1, in_channels=in_channels)
     settings: dict[str, Any] = {"image_size": image_size, "drop_path_rate": drop_path_rate}
     settings |= {"head_dropout": head_dropout, "dtype": dtype, "remat": remat, "scan": scan}
     if pretrained is False:
         return models.create_model(
-            name, num_classes=num_classes, in_channels=in_channels, rngs=rngs, **settings
+            name, num_classes=num_classes, in_channels=in_channels or 3, rngs=rngs, **settings
         )
     if pretrained is True:
         from metaformer_jax.weights import hub
@@ -95,7 +100,7 @@ def create_model(
     fill(model, variables)
     if num_classes is not None and num_classes != model.num_classes:
         replace_head(model, num_classes, head_dropout=head_dropout, rngs=rngs)
-    if in_channels != model.in_channels:
+    if in_channels not in (None, model.in_channels):
         change_in_channels(model, in_channels)
     return model
 
@@ -132,6 +137,7 @@ def load_weights(
         FileNotFoundError: nothing is at the path.
         ValueError: the class map is invalid, or the model does not have 1000 classes; the name is
             unknown or belongs to another model; parts of the model would stay abstract.
+        ImportError: it is a `.pth` file, and PyTorch is not installed.
     """
     filled = {path for path in variables_of(model) if not (keep_head and path[0] == "head")}
     check_has_values(model, but=filled)
@@ -157,7 +163,10 @@ def fitted_variables(
     class_map: PathLike | None = None,
     fit_channels: bool = False,
 ) -> Variables:
-    """The values that `load_weights` would put into the model, which is not changed."""
+    """The values that `load_weights` would put into the model, which is not changed.
+
+    Arguments and errors are those of `load_weights`, but for parts that would stay abstract.
+    """
     if keep_head and class_map:
         raise ValueError(
             f"`class_map` must be left out where the model keeps its own head, got {class_map!r}."
@@ -210,15 +219,15 @@ def read_and_build(
     name: str,
     *,
     num_classes: int | None = None,
-    in_channels: int = 3,
+    in_channels: int | None = None,
     entry: str | None = None,
     with_hash: bool = False,
     **settings: Any,
 ) -> tuple[MetaFormer, Variables, Checkpoint]:
     """The abstract model that fits a checkpoint, its values, and the checkpoint.
 
-    The model has the checkpoint's numbers of classes and channels. If others are given, the caller
-    changes the model afterwards.
+    The numbers of classes and channels are those published for the name if they are None, and else
+    the checkpoint's: to the numbers given the caller changes the model afterwards.
 
     Raises:
         CheckpointError: the checkpoint does not fit.
@@ -228,8 +237,8 @@ def read_and_build(
     info = recognise(checkpoint.tensors)
     model = build_abstract(
         name,
-        num_classes=num_classes if num_classes is None else info.num_classes,
-        in_channels=in_channels if in_channels == 3 else info.in_channels or in_channels,
+        num_classes=None if num_classes is None else info.num_classes,
+        in_channels=3 if in_channels is None else info.in_channels or in_channels,
         **settings,
     )
     return model, to_variables(checkpoint.tensors, model), checkpoint

@@ -36,14 +36,14 @@ def replace_head(
 
     Raises:
         ValueError: `num_classes` is negative, `head_dropout` not in [0, 1), or `rngs` of another
-            type.
+            type or without a stream that is drawn.
     """
     num_classes = at_least(0, num_classes=num_classes)
-    check_rngs(rngs)
     if head_dropout is None:
         dropout = getattr(model.head, "dropout", None)
         head_dropout = 0.0 if dropout is None else dropout.rate
     head_dropout = check_rate("head_dropout", head_dropout)
+    check_rngs(rngs, has_dropout=head_dropout > 0)
     parts = [part for _, part in nnx.iter_modules(model) if isinstance(part, nnx.Dropout)]
     head = (
         model.spec.head(model.spec.dims[-1], num_classes, dropout=head_dropout, rngs=rngs)

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from metaformer_jax.messages import first_line
 from metaformer_jax.models import FAMILIES, MetaFormerSpec, model_spec
 from metaformer_jax.weights.converted import flat_tensors, orbax_handler
-from metaformer_jax.weights.errors import CheckpointError, first_line
+from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.integrity import check_files
 
 CONFIG = "config.json"
@@ -270,7 +271,7 @@ def _explained(state: pathlib.Path) -> Iterator[None]:
         yield
     # Damage shows in any layer below: Orbax, TensorStore, JSON.
     except Exception as error:
-        reason = first_line(error).rstrip(".")
+        reason = first_line(error)
         raise CheckpointError(
             f"{state.parent} must be a whole checkpoint of a training run, got: {reason}. Move "
             "this folder elsewhere to read the checkpoint before it."

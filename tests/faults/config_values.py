@@ -44,6 +44,7 @@ def pair(values):
 
 
 POSITIVE = numbers(1e-30, 1e30)
+POSITIVE_FRACTION = numbers(1e-30, 1.0)
 BELOW_ONE = numbers(0.0, 0.9999)
 FRACTION = numbers(0.0, 1.0)
 ALPHA = st.just(0.0) | numbers(0.001, 1000.0)
@@ -90,7 +91,7 @@ VALID = {
     "data.num_threads": st.integers(0, 64),
     "data.max_bad_fraction": FRACTION,
     "augment.crop": st.sampled_from(augment.CROPS),
-    "augment.crop_scale": pair(POSITIVE),
+    "augment.crop_scale": pair(POSITIVE_FRACTION),
     "augment.crop_ratio": pair(POSITIVE),
     "augment.interpolations": st.lists(FILTERS, min_size=1).map(tuple)
     | st.lists(FILTERS, min_size=1),
@@ -205,7 +206,7 @@ INVALID = {
     "data.num_threads": NO_WHOLE | HUGE | st.integers(max_value=-1),
     "data.max_bad_fraction": NO_FRACTION,
     "augment.crop": no_choice(*augment.CROPS),
-    "augment.crop_scale": NO_PAIR,
+    "augment.crop_scale": NO_PAIR | st.just((0.5, 1.5)),
     "augment.crop_ratio": NO_PAIR,
     "augment.interpolations": NO_FLAG | st.just(()) | st.just(("cubic",)) | st.just("bicubic"),
     "augment.flip_probability": NO_FRACTION,

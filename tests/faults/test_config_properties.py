@@ -21,8 +21,8 @@ CONTRADICTS = {
     "data.name": "`data.",
     "mesh.data": "`mesh.data`",
     "mesh.fsdp": "`mesh.fsdp`",
-    "mixing.group_size": "`mixing.group_size`",
-    "model.depths": "config.model.dims: `dims` must have one entry for each of the",
+    "mixing.group_size": "`config.mixing.group_size`",
+    "model.depths": "`config.model.dims` must have one entry for each of the",
 }
 
 

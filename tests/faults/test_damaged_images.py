@@ -117,7 +117,9 @@ def test_an_image_that_claims_a_vast_size_is_refused_by_its_header(kind):
 def test_an_image_as_narrow_as_a_hair_is_refused_before_it_is_resized():
     file = io.BytesIO()
     Image.new("RGB", (1, 30_000)).save(file, "PNG")
-    with pytest.raises(BadImageError, match="1x30000 pixels, which are 224x6720000"):
+    with pytest.raises(
+        BadImageError, match="1x30000 pixels are too long and thin to resize to 224 on "
+    ):
         EvalTransform(image_size=224)(file.getvalue())
     narrow = TrainTransform(image_size=16)(file.getvalue(), np.random.default_rng(0))
     assert narrow.shape == (16, 16, 3)
