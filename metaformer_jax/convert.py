@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=__doc__.replace(_PROG, prog),
+        description=(__doc__ or "").replace(_PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -114,15 +114,15 @@ def convert(args: argparse.Namespace) -> list["Record"]:
     name = args.model
     asked = {key: getattr(args, key) for key in _SETTINGS if getattr(args, key) is not None}
     settings = asked
-    if workdir.is_workdir(args.input):
-        name = name or workdir.read_model_name(args.input)
+    if (folder := workdir.workdir_of(args.input)) is not None:
+        name = name or workdir.read_model_name(folder)
         if name is None:
             raise ValueError(
-                f"--input must be weights of a published model, got {args.input}, the workdir of a "
+                f"--input must be weights of a published model, got {folder}, the workdir of a "
                 "network that has no published name. Load it as it is: where weights are asked "
                 "for, this folder may be given."
             )
-        settings = asked | workdir.read_sizes(args.input)
+        settings = asked | workdir.read_sizes(folder)
     elif args.input.is_dir() or is_portable_file(args.input):
         record = read_record(args.input)
         name = name or record.model

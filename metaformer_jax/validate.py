@@ -25,7 +25,7 @@ _OPTIONS = {
 
 def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", help="the folder that holds val/<class>/*")
     parser.add_argument("--model", required=True, help="a published name")
     parser.add_argument("-b", "--batch-size", type=int, default=256)
@@ -65,7 +65,8 @@ def _validate(args: argparse.Namespace) -> None:
     logging.set_verbosity(logging.WARNING)
     info = models.model_info(args.model)
     images = trained.published_settings(info.name, channels=3)
-    if workdir.is_workdir(path := local_path(args.checkpoint)):
+    path = local_path(args.checkpoint)
+    if workdir.workdir_of(path) is not None:
         images |= trained.read_settings(path).settings
     asked = {
         "image_size": args.img_size,

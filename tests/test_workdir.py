@@ -59,6 +59,20 @@ def test_a_model_takes_the_newest_weights(workdir, variables):
         np.testing.assert_array_equal(variable[...], variables[path])
 
 
+def test_a_checkpoint_in_a_run_is_taken_by_its_folder(workdir, variables, tmp_path, capsys):
+    older = workdir / "checkpoints" / "9"
+    model = create_model(NAME, pretrained=older, rngs=nnx.Rngs(0))
+    for path, variable in variables_of(model).items():
+        np.testing.assert_array_equal(variable[...], 2 * variables[path])
+    arguments = [str(older), "--output", str(tmp_path / "out")]
+    assert load_program().main(arguments) == 0
+    record = read_record(tmp_path / "out")
+    assert (record.model, record.source_entry) == (NAME, "params of step 9")
+    (elsewhere := tmp_path / "9").mkdir()
+    with pytest.raises(CheckpointError, match=r"has no metaformer.json"):
+        create_model(NAME, pretrained=elsewhere, rngs=nnx.Rngs(0))
+
+
 def test_of_a_run_that_averages_the_average_is_taken(variables, tmp_path):
     params, frozen = (
         nnx.traversals.unflatten_mapping(

@@ -66,8 +66,8 @@ def read_settings(path: pathlib.Path) -> Told:
         CheckpointError: a run's config or names of classes, or a conversion's record, is damaged;
             or the run's family is not in `FAMILIES`.
     """
-    if workdir.is_workdir(path):
-        return _read_run(path)
+    if (folder := workdir.workdir_of(path)) is not None:
+        return _read_run(folder)
     if path.is_dir():
         record = read_record(path)
     elif path.is_file() and suffix_of(path) == SAFETENSORS:

@@ -32,7 +32,7 @@ from metaformer_jax.weights import hub
 from metaformer_jax.weights.convert import Variables
 from metaformer_jax.weights.errors import CheckpointError
 from metaformer_jax.weights.pretrained import fitted_variables
-from metaformer_jax.weights.workdir import is_workdir
+from metaformer_jax.weights.workdir import workdir_of
 
 # An int32 counts them.
 _MAX_STEPS = 2**31 - 1
@@ -165,10 +165,10 @@ class Run:
             path = hub.converted_file(config.name)
         elif models.is_published(config.pretrained) and not path.exists():
             path = hub.converted_file(config.pretrained)
-        elif is_workdir(path):
-            check_same_network(path, self.config, self.engine.model.spec)
+        elif (folder := workdir_of(path)) is not None:
+            check_same_network(folder, self.config, self.engine.model.spec)
             if not self._trains:
-                check_same_normalisation(path, self.config)
+                check_same_normalisation(folder, self.config)
         try:
             return fitted_variables(
                 self.engine.model,

@@ -53,7 +53,7 @@ def create_model(
         name: one of `list_models()`.
         pretrained: False for random weights; True for the published ones, downloaded and
             converted once and then taken from the cache; or a path to a converted folder, a
-            training run's workdir, a `.safetensors` or a `.pth` file.
+            training run's workdir or a checkpoint in it, a `.safetensors` or a `.pth` file.
         num_classes: classes of the head, by default as published; 0 for no head. With weights, a
             number other than the checkpoint's requests a fresh head: all but the head is loaded,
             and the head is random.
@@ -122,7 +122,8 @@ def load_weights(
     Args:
         model: the model. It may be abstract (`nnx.eval_shape`) if the weights give all its values:
             if it has no dropout or stochastic depth and does not keep its head.
-        path: a converted folder, a run's workdir, a `.safetensors` or a `.pth` file, in any layout.
+        path: a converted folder, a run's workdir or a checkpoint in it, a `.safetensors` or a
+            `.pth` file, in any layout.
         name: a published name, which must agree with the model and the checkpoint.
         entry: which entry of a training checkpoint to use, see `files.read_tensors`.
         keep_head: keeps the model's own head and ignores that of the checkpoint, to fine-tune for

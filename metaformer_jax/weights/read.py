@@ -36,7 +36,7 @@ def read_checkpoint(
     entry: str | None = None,
     with_hash: bool = False,
 ) -> Checkpoint:
-    """Reads a converted folder, a run's workdir, a `.safetensors` or a `.pth` file.
+    """Reads a converted folder, a run's workdir or checkpoint, a `.safetensors` or a `.pth` file.
 
     Args:
         path: the folder or file.
@@ -52,9 +52,9 @@ def read_checkpoint(
     path = local_path(path)
     source: dict[str, Any] = {}
     if path.is_dir():
-        if workdir.is_workdir(path):
+        if (folder := workdir.workdir_of(path)) is not None:
             tensors, entry = workdir.read_workdir(path, entry=entry)
-            spec = workdir.read_spec(path)
+            spec = workdir.read_spec(folder)
             called = (spec and published_architecture(spec)) or ""
             source = {"source_entry": entry}
         elif entry is not None:

@@ -64,6 +64,15 @@ def is_workdir(path: pathlib.Path) -> bool:
     return checkpoints_folder(path).is_dir()
 
 
+def workdir_of(path: pathlib.Path) -> pathlib.Path | None:
+    """The run's folder if this is one, or one of the checkpoints in it; None for anything else."""
+    if is_workdir(path):
+        return path
+    folder = path.absolute().parent.parent
+    is_step = path.is_dir() and path.name.isdecimal()
+    return folder if is_step and path.absolute().parent == checkpoints_folder(folder) else None
+
+
 def read_config(path: pathlib.Path) -> dict[str, Any]:
     """The values by field that the run wrote beside its checkpoints; {} where none are there.
 
@@ -196,19 +205,21 @@ def read_step(path: pathlib.Path, step: int) -> dict[str, dict[str, np.ndarray]]
 def read_workdir(
     path: pathlib.Path, *, entry: str | None = None
 ) -> tuple[dict[str, np.ndarray], str]:
-    """The tensors of the newest checkpoint in the flax layout, and which they are.
+    """The tensors of a checkpoint in the flax layout, and which they are.
 
     Args:
-        path: the run's folder.
+        path: the run's folder, for its newest checkpoint, or that of a checkpoint in it.
         entry: "params" for the last parameters, "ema" for their moving average; by default the
             average of a run that keeps one.
 
     Raises:
         CheckpointError: there is no complete one, it is damaged, or has no such entry.
     """
+    given = None if is_workdir(path) else int(path.name)
+    folder = path if given is None else path.absolute().parent.parent
     while True:
-        step = newest_step(path)
-        state = _state(path, step)
+        step = newest_step(folder) if given is None else given
+        state = _state(folder, step)
         try:
             there_are = _verified_entries(state)
             chosen = entry or there_are[-1]
@@ -220,7 +231,7 @@ def read_workdir(
             return _read_entry(state, chosen), f"{chosen} of step {step}"
         except CheckpointError:
             # A run that goes on deletes it when it has saved another.
-            if newest_step(path) == step:
+            if given is not None or newest_step(folder) == step:
                 raise
 
 
