@@ -176,6 +176,8 @@ def _kernel_gradient_by_triton(x: Array, cotangent: Array, kernel: Array) -> Arr
     return gradient.astype(kernel.dtype)
 
 
+# Compiled once also where nothing around it is: its loops are of functions made at each call.
+@jax.jit
 def _kernel_gradient_by_blocks(x: Array, cotangent: Array, kernel: Array) -> Array:
     # Some channels of a block of pixels, and of the pixels under the kernel there, stay in the
     # first-level cache; whole rows do not. Each image has its own sum: cores share the images.
