@@ -1,5 +1,6 @@
 """Set before JAX starts: several devices, and one cache of compiled programs for all processes."""
 
+import functools
 import gc
 import os
 import shutil
@@ -31,6 +32,19 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 gc.set_threshold(50_000, 20, 50)
 
 
+@functools.cache
+def _options_in_short() -> dict[str, bool]:
+    import jax
+
+    options: dict[str, bool] = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0.0, compiler_options=options).lower().compile()
+    # Releases of XLA after that of JAX 0.10 have the newer emitters only.
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_in_short(request: pytest.FixtureRequest) -> Iterator[None]:
     """Without LLVM's optimisations and XLA's newer emitters of fusions, which take longer than what
@@ -42,10 +56,10 @@ def compiled_in_short(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("optimized") is not None:
         yield
         return
-    original = compiler.get_compile_options
+    original, in_short = compiler.get_compile_options, _options_in_short()
 
     def get_compile_options(*args: Any, env_options_overrides: Any = None, **kwargs: Any) -> Any:
-        options = {"xla_cpu_use_fusion_emitters": False} | dict(env_options_overrides or {})
+        options = in_short | dict(env_options_overrides or {})
         return original(*args, env_options_overrides=options, **kwargs)
 
     # No setting of JAX passes an option for XLA to all that a process compiles from now on.
