@@ -23,7 +23,7 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=__doc__.replace(_PROG, prog),
+        description=(__doc__ or "").replace(_PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="NAME", help="a published name, such as caformer_s18")

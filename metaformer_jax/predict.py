@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=__doc__.replace(_PROG, prog),
+        description=(__doc__ or "").replace(_PROG, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit code: 0 if every picture was predicted, 1 if some were left out (each is "
         "named),\n2 if nothing could be done.",

@@ -384,7 +384,7 @@ def test_a_model_whose_norms_keep_running_means_is_refused():
     spec = dataclasses.replace(SPECS["random"], norm=RunningNorm)
     with pytest.raises(
         ValueError,
-        match=r"must be nnx.Param or Frozen, got others at stages.0.0.norm1.mean, .*, \.\.\.\. ",
+        match=r"must be nnx.Param or Frozen, got others at stages.0.0.norm1.mean, ",
     ):
         Engine(
             lambda rngs: MetaFormer(spec, num_classes=4, image_size=16, rngs=rngs),

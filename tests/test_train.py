@@ -606,18 +606,30 @@ def test_evaluating_without_a_checkpoint_leaves_nothing_behind(tmp_path):
         ({"optimizer.warmup_epochs": 2.0}, r"warmup_epochs` must be less than the 2 epochs"),
         ({"model.family": "cafomer"}, r"`config.model.family` must be one of.*got 'cafomer'"),
         ({"model.name": "caformer_s18"}, r"One of `config.model.name` and `config.model.family`"),
-        ({"model.depths": (1, 1)}, r"`dims` must have one entry for each of the 2 stages"),
-        ({"model.drop_path_rate": -0.5}, r"`drop_path_rate` must be in \[0, 1\), got -0.5"),
+        (
+            {"model.depths": (1, 1)},
+            r"`config.model.dims` must have one entry for each of the 2 stages",
+        ),
+        (
+            {"model.drop_path_rate": -0.5},
+            r"`config.model.drop_path_rate` must be in \[0, 1\), got -0.5",
+        ),
         ({"model.dtype": "float16"}, r"`config.model.dtype` .*got 'float16'"),
         ({"data.name": "nothing", "data.root": "nowhere"}, r"nothing.*nowhere"),
         ({"data.name": "folder"}, r"`data.root` must be the folder"),
         ({"data.num_workers": -2}, r"`config.data.num_workers` must be a number of processes"),
-        ({"augment.crop": "middle"}, r"`crop` must be one of random_resized, .*got 'middle'"),
-        ({"augment.randaugment": "rand"}, r"`randaugment` must be of the form"),
-        ({"augment.interpolations": ("cubic",)}, r"`interpolation` must be one of .*got 'cubic'"),
+        (
+            {"augment.crop": "middle"},
+            r"`config.augment.crop` must be one of random_resized, .*got 'middle'",
+        ),
+        ({"augment.randaugment": "rand"}, r"`config.augment.randaugment` must be of the form"),
+        (
+            {"augment.interpolations": ("cubic",)},
+            r"`config.augment.interpolations` must be one .*got 'cubic'",
+        ),
         ({"mixing.mixup_alpha": 0.8}, r"16 of 128 images, got 128. Use 16, or a batch of 1024"),
         ({"mixing.probability": 1.5}, r"`config.mixing.probability` must be in \[0, 1\], got 1.5"),
-        ({"eval_crop_fraction": 0.0}, r"`crop_fraction` must be in \(0, 1\], got 0.0"),
+        ({"eval_crop_fraction": 0.0}, r"`config.eval_crop_fraction` must be in \(0, 1\], got 0.0"),
         ({"data.mean": (0.5,) * 3}, r"`config.data.mean` must have one value for each of the 1"),
         ({"data.std": (0.0,)}, r"`config.data.std` must be positive"),
         ({"mesh.data": 3}, r"the 8 devices present, got 3 x 1"),
@@ -629,6 +641,12 @@ def test_a_wrong_config_is_refused_before_anything_is_made(changes, message, tmp
     with pytest.raises(ValueError, match=message):
         train.train(_config(**changes), workdir)
     assert not workdir.exists()
+
+
+def test_a_training_without_compilation_is_refused(tmp_path):
+    with jax.disable_jit(), pytest.raises(ValueError, match="JAX_DISABLE_JIT must be off"):
+        train.train(_config(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_fields_that_no_run_reads_or_that_are_missing_are_refused(tmp_path):

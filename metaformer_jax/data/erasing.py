@@ -71,5 +71,5 @@ def _between(ends: tuple[float, float], part: Float[Array, " n"]) -> Float[Array
 def _interval(place: Float[Array, ""], length: Float[Array, ""], size: int) -> Bool[Array, " size"]:
     """`length` neighbours out of `size` positions; every place as likely, `place` in [0, 1)."""
     start = jnp.floor(place * (size - length + 1))
-    position = jnp.arange(size)
+    position = jnp.arange(size, dtype=jnp.float32)
     return (position >= start) & (position < start + length)

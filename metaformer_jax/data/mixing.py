@@ -121,7 +121,7 @@ def _box(
     for axis, length in enumerate((height, width)):
         half = jnp.trunc(length * jnp.sqrt(1 - kept_part)) // 2
         middle = jnp.floor(length * place[axis])
-        position = jnp.arange(length)
+        position = jnp.arange(length, dtype=jnp.float32)
         inside.append(
             jnp.expand_dims((position >= middle - half) & (position < middle + half), 1 - axis)
         )

@@ -127,7 +127,7 @@ def prepare_imagenet(
         if os.strerror(errno.ENOSPC) in str(error):
             raise OSError(
                 f"`data_dir` must have room for the result, got {data_dir}, whose disk is full. "
-                "Nothing was kept."
+                "Choose another disk."
             ) from error
         raise ValueError(
             f"`tars` must hold archives that TFDS prepares, got {tars}: {type(error).__name__}: "
@@ -209,7 +209,7 @@ def _check_validation_images(path: pathlib.Path, *, any_size: bool) -> None:
     """TFDS gives the labels to the images by their order: one left out would shift all others."""
     try:
         with tarfile.open(path) as archive:
-            found = sorted(archive.getnames())
+            found = [os.path.basename(name) for name in sorted(archive.getnames())]
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} must be a tar archive, got: {first_line(error)}. Download it again."

@@ -154,14 +154,14 @@ def drops(module: nnx.Module) -> bool:
     )
 
 
-def other_variables(module: nnx.Module) -> list[str]:
-    """The paths of variables that are neither parameters nor frozen, as running means are."""
-    others = nnx.Not(nnx.Any(nnx.Param, Frozen, nnx.RngState))
-    return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module, others))]
+def other_state(module: nnx.Module) -> dict[str, Any]:
+    """Variables that are neither parameters nor frozen, as running means are, and bare arrays."""
+    others = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, Frozen, nnx.RngState)))
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(others)}
 
 
 def _may_loop(blocks: Sequence[Any], rngs: nnx.Rngs | ImageKeys | None) -> bool:
-    if other_variables(blocks[0]):
+    if any(isinstance(leaf, nnx.Variable) for leaf in other_state(blocks[0]).values()):
         return False
     return isinstance(rngs, ImageKeys) or not drops(blocks[0])
 

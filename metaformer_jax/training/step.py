@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from metaformer_jax.data.device import DeviceTransform, check_groups
 from metaformer_jax.data.mixing import Mixed
+from metaformer_jax.messages import first_few
 from metaformer_jax.models import Frozen, ImageKeys, MetaFormer, compiler_options
 from metaformer_jax.models.lowering.platform import compiled_for
-from metaformer_jax.models.stages import other_variables
+from metaformer_jax.models.stages import other_state
 from metaformer_jax.training import sharding
 
 Tree = dict[str, Any]
@@ -86,7 +87,7 @@ class Engine:
         head_only: whether only the head is trained.
 
     Raises:
-        ValueError: the model has variables that are neither `nnx.Param` nor `Frozen`.
+        ValueError: the model has arrays that are neither `nnx.Param` nor `Frozen`.
     """
 
     def __init__(
@@ -105,11 +106,11 @@ class Engine:
         self.model = nnx.eval_shape(lambda: build(nnx.Rngs(seed)))
         self._graphdef = nnx.graphdef(self.model)
         self._rest = nnx.state(self.model, nnx.Not(nnx.Any(nnx.Param, Frozen)))
-        if others := other_variables(self.model):
+        if others := first_few([*other_state(self.model)]):
             raise ValueError(
-                "Variables of a model that is trained must be nnx.Param or Frozen, got others at "
-                f"{', '.join(others[:3])}{', ...' if others[3:] else ''}. A step would lose what "
-                "becomes of them: take layers without, such as norms without running means."
+                "All arrays of a model that is trained must be nnx.Param or Frozen, got others at "
+                f"{', '.join(others)}. A step would lose what becomes of them: take layers "
+                "without, such as norms without running means, and make constants Frozen."
             )
         self._build = build
         self._optimizer = optimizer
@@ -302,7 +303,7 @@ class Engine:
 
         # Mixing groups may span micro-batches, so all are mixed first: uint8 takes little memory.
         everything = (self._transform.mix(images, labels, group_keys), image_keys, dropout_keys)
-        zero = jnp.zeros(())
+        zero = jnp.zeros((), jnp.float32)
         sums: Any = (
             jax.tree.map(jnp.zeros_like, self._trained(params)),
             {"loss": zero, "accuracy": zero},

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import ml_collections
 from rich.console import Console
 
@@ -51,6 +52,11 @@ def train(
         ImportError: Weights & Biases is requested but not installed, or PyTorch for a `.pth` file.
         DownloadError: the published weights could not be fetched.
     """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        raise ValueError(
+            "JAX_DISABLE_JIT must be off for a training, whose step is compiled ahead, got True. "
+            "To debug a model, call it from Python."
+        )
     console = console or Console()
     # Only the first process prints.
     console.quiet = console.quiet or not is_first_process()

@@ -24,8 +24,8 @@ from metaformer_jax.models.lowering.mosaic import SUBLANES, block_spec, product
 
 # With fewer tokens of an image in a row XLA's own operations are estimated to be faster.
 _FEWEST_TOKENS = 128
-# Tokens of one product of matrices, and of one step of a kernel, while which the arrays of the next
-# one are read.
+# Tokens of one product of matrices, and of one step of a kernel, during which the arrays of the
+# next one are read.
 _FEWEST_AT_ONCE, _MOST_AT_ONCE, _MOST_OF_STEP = 48, 208, 784
 # The same for images along the lanes: pixels of 128 images.
 _MOST_PIXELS_AT_ONCE, _MOST_PIXELS_OF_STEP = 8, 32
