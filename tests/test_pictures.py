@@ -42,7 +42,7 @@ def test_captions_name_what_an_image_shows_and_no_more_than_fits():
         np.zeros((2, 4, 4, 1)), targets, names, title="two", smallest=0.05
     )
     captions = [text.get_text() for text in figure.axes[0].texts]
-    assert captions == ["golden retriever... 70%\ncat 30%", "golden retriever... 90%"]
+    assert captions == ["golden retriever o… 70%\ncat 30%", "golden retriever o… 90%"]
 
 
 def test_any_name_is_written_as_it_is():

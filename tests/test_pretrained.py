@@ -239,6 +239,11 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         ({"pretrained": None}, "`pretrained` must be True, False or a path, got None"),
         ({"pretrained": 1}, "`pretrained` must be True, False or a path, got 1"),
         ({"rngs": 0}, "`rngs` must be nnx.Rngs, got int"),
+        (
+            {"rngs": nnx.Rngs(params=0), "drop_path_rate": 0.1},
+            "streams params and dropout, got none called dropout",
+        ),
+        ({"in_channels": 0}, "`in_channels` must be a whole number of at least 1, got 0"),
     ],
 )
 def test_arguments_of_another_kind_are_refused_before_anything_is_read(arguments, message):

@@ -80,7 +80,7 @@ def create_model(
     """
     if not isinstance(pretrained, bool | str | os.PathLike):
         raise ValueError(f"`pretrained` must be True, False or a path, got {pretrained!r}.")
-    check_rngs(rngs)
+    check_rngs(rngs, has_dropout=bool(drop_path_rate or head_dropout))
     if in_channels is not None:
         in_channels = at_least(1, in_channels=in_channels)
     settings: dict[str, Any] = {"image_size": image_size, "drop_path_rate": drop_path_rate}
