@@ -118,7 +118,7 @@ def convert(args: argparse.Namespace) -> list["Record"]:
         name = name or workdir.read_model_name(folder)
         if name is None:
             raise ValueError(
-                f"--input must be weights of a published model, got {folder}, the workdir of a "
+                f"The input must be weights of a published model, got {folder}, the workdir of a "
                 "network that has no published name. Load it as it is: where weights are asked "
                 "for, this folder may be given."
             )

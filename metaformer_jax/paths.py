@@ -5,6 +5,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 
@@ -18,6 +19,27 @@ def cache_folder() -> pathlib.Path:
     if folder := os.environ.get("METAFORMER_JAX_CACHE"):
         return local_path(folder)
     return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "metaformer_jax"
+
+
+def check_has_place(path: pathlib.Path, *, what: str = "`output`") -> None:
+    """Refuses an output whose folder could not be made or written to after all the work for it.
+
+    Args:
+        path: absolute; the folders above it need not be there yet.
+        what: it is, for the message.
+
+    Raises:
+        OSError: it could not.
+    """
+    folder = next(parent for parent in (*path.parents, path) if os.path.lexists(parent))
+    try:
+        # Permissions alone do not tell of a disk that is full or read-only.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"{what} must be in a folder that can be written to, got {path}, and of {folder}: "
+            f"{error.strerror}. Choose another place."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -73,6 +73,15 @@ def test_a_checkpoint_in_a_run_is_taken_by_its_folder(workdir, variables, tmp_pa
         create_model(NAME, pretrained=elsewhere, rngs=nnx.Rngs(0))
 
 
+def test_a_network_without_a_published_name_is_not_converted(tmp_path, capsys):
+    small_run.make(tmp_path / "run")
+    assert load_program().main([str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 2
+    assert f"got {tmp_path / 'run'}, the workdir of a network that has no published name." in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_of_a_run_that_averages_the_average_is_taken(variables, tmp_path):
     params, frozen = (
         nnx.traversals.unflatten_mapping(

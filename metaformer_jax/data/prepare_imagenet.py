@@ -10,7 +10,6 @@ import pathlib
 import shutil
 import sys
 import tarfile
-import tempfile
 
 from rich import progress
 from rich.console import Console
@@ -18,7 +17,7 @@ from rich.console import Console
 from metaformer_jax.data.tfds_metadata import FILE_FORMATS
 from metaformer_jax.data.tfds_source import TfdsSource
 from metaformer_jax.messages import first_line
-from metaformer_jax.paths import local_path
+from metaformer_jax.paths import check_has_place, local_path
 
 NAME = "imagenet2012:5.1.0"
 _CHUNK_BYTES = 16 << 20
@@ -227,14 +226,8 @@ def _check_validation_images(path: pathlib.Path, *, any_size: bool) -> None:
 
 def _check_room(folder: pathlib.Path, num_bytes: int) -> None:
     """Refuses a folder in which the result would find no room, or that may not be written to."""
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise OSError(
-            f"`data_dir` must be in a folder that can be written to, got {folder}, and of {there}: "
-            f"{error.strerror}. Choose another place."
-        ) from error
+    check_has_place(folder, what="`data_dir`")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < num_bytes:
         raise OSError(

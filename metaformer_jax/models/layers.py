@@ -137,10 +137,6 @@ class ResScale(nnx.Module):
         return (wide * scale).astype(x.dtype)
 
 
-_KEYS = "random keys, one for each image"
-_GIVE_KEYS = "Give jax.random.split(jax.random.key(seed), num_images)."
-
-
 class ImageKeys:
     """Random keys for dropout, one per image of a batch; pass it to a model instead of `nnx.Rngs`.
 
@@ -156,16 +152,16 @@ class ImageKeys:
     """
 
     def __init__(self, keys: Key[Array, " b"], *, num_draws: int | Int[Array, ""] = 0):
-        if not isinstance(keys, jax.Array | np.ndarray):
-            raise ValueError(f"`keys` must be {_KEYS}, got {type(keys).__name__}. {_GIVE_KEYS}")
-        if (
-            keys.dtype == jnp.uint32
-            and keys.shape[1:] == jax.random.key_data(jax.random.key(0)).shape
-        ):
+        is_array = isinstance(keys, jax.Array | np.ndarray)
+        if is_array and keys.dtype == jnp.uint32 and keys.shape[1:] == _key_data_shape():
             keys = jax.random.wrap_key_data(keys)
-        if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1:
-            got = f"{keys.dtype}{list(keys.shape)}"
-            raise ValueError(f"`keys` must be {_KEYS}, got {got}. {_GIVE_KEYS}")
+        is_keys = is_array and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+        if not is_keys or keys.ndim != 1:
+            got = f"{keys.dtype}{list(keys.shape)}" if is_array else type(keys).__name__
+            raise ValueError(
+                f"`keys` must be random keys, one for each image, got {got}. Give "
+                "jax.random.split(jax.random.key(seed), num_images)."
+            )
         # RBG's keys, of which TPUs draw faster, all draw as the first one does under `jax.vmap`.
         if "rbg" in str(jax.random.key_impl(keys)):
             data = jax.random.key_data(keys)[:, :2]
@@ -188,6 +184,11 @@ class ImageKeys:
         """The keys for the next layer, one per image."""
         self._num_own += 1
         return jax.vmap(jax.random.fold_in, in_axes=(0, None))(self.keys, self.num_draws)
+
+
+def _key_data_shape() -> tuple[int, ...]:
+    """Of a raw key, by JAX's present default."""
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 class Dropout(nnx.Dropout):

@@ -7,10 +7,9 @@ import re
 from typing import Any
 
 from metaformer_jax.models import model_info
-from metaformer_jax.paths import cache_folder
+from metaformer_jax.paths import cache_folder, check_has_place
 from metaformer_jax.weights.errors import DownloadError
 from metaformer_jax.weights.files import import_torch, sha256
-from metaformer_jax.weights.outputs import check_has_place
 from metaformer_jax.weights.recognition import TIMM_FAMILIES
 
 # What timm calls the published tags.

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 
-from metaformer_jax.paths import local_path, when_whole
+from metaformer_jax.paths import check_has_place, local_path, when_whole
 from metaformer_jax.weights.integrity import CHECKSUMS_NAME
 
 # The file by which a converted folder is known, written last.
@@ -81,27 +81,6 @@ def check_name_for_orbax(path: pathlib.Path, *, what: str) -> None:
             f"{what} must have a path without {found[0]!a}, in which Orbax can find again what it "
             f"writes, got {shown}. Choose another name."
         )
-
-
-def check_has_place(path: pathlib.Path, *, what: str = "`output`") -> None:
-    """Refuses an output whose folder could not be made or written to after all the work for it.
-
-    Args:
-        path: absolute; the folders above it need not be there yet.
-        what: it is, for the message.
-
-    Raises:
-        OSError: it could not.
-    """
-    folder = next(parent for parent in (*path.parents, path) if os.path.lexists(parent))
-    try:
-        # Permissions alone do not tell of a disk that is full or read-only.
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(
-            f"{what} must be in a folder that can be written to, got {path}, and of {folder}: "
-            f"{error.strerror}. Choose another place."
-        ) from error
 
 
 def check_can_be_written(path: pathlib.Path, *, what: str = "`--output`") -> None:
